@@ -1,0 +1,52 @@
+"""Errors a user can cause. Hydra prints them without a stack of frames and exits with code 1."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+from hydra.errors import CompactHydraException
+
+
+class ConfigError(CompactHydraException, ValueError):
+    """A setting, a file or a folder that cannot be used; the message names it and says what to do."""
+
+
+def check_number(
+    key: str,
+    value: Any,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    integer: bool = False,
+) -> None:
+    """Refuse a value that is no finite number, or lies outside the stated bounds.
+
+    Raises:
+        ConfigError: names `key`, the value found and what is allowed.
+    """
+    bounds = [
+        (minimum, "at least", lambda bound: value >= bound),
+        (above, "greater than", lambda bound: value > bound),
+        (maximum, "at most", lambda bound: value <= bound),
+        (below, "less than", lambda bound: value < bound),
+    ]
+    kind = int if integer else (int, float)
+    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and all(holds(bound) for bound, _, holds in bounds if bound is not None):
+        return
+    limits = " and ".join(f"{words} {bound:g}" for bound, words, _ in bounds if bound is not None)
+    noun = "a whole number" if integer else "a number"
+    raise ConfigError(f"{key}={value}: must be {noun} {limits}".rstrip() + ".")
+
+
+def check_choice(key: str, value: Any, choices: Collection[Any]) -> None:
+    """Refuse a value that is not one of `choices`.
+
+    Raises:
+        ConfigError: names `key`, the value found and what is allowed.
+    """
+    # `True == 1`: a choice is compared with its type
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        raise ConfigError(f"{key}={value}: must be one of {', '.join(map(str, choices))}.")
