@@ -1,0 +1,147 @@
+"""What a method is: it turns the outputs of a group of peers into losses and predictions."""
+
+import logging
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from okddip.errors import ConfigError, check_choice, check_number
+from okddip.methods.losses import ramp_weight
+from okddip.models.group import GroupOutput
+
+log = logging.getLogger(__name__)
+
+
+class Losses(NamedTuple):
+    total: Tensor  # 0-dim; what is differentiated
+    parts: dict[str, Tensor]  # 0-dim each, unweighted; logged as NAME_loss
+    predictions: Tensor  # [Q, B, K], logits of `Method.predictors` in their order
+
+
+class Method(nn.Module):
+    """How peers learn: the hyper-parameters, whatever the method itself learns, and the loss.
+
+    A method implements `losses` and, where the defaults do not fit, sets `predictors` and `primary`.
+
+    Attributes:
+        predictors: names of the networks and ensembles whose accuracy is measured.
+        ramp: weight of the distillation terms in a 0-based epoch.
+        primary: the predictor that stands for the method, or `mean`, the mean of the peers' accuracies.
+        kept: index of the peer that is kept for inference.
+        auxiliary: the first so many peers are those that `mean`, `ensemble` and diversity cover.
+    """
+
+    fewest_peers: ClassVar[int] = 2
+    most_peers: ClassVar[int | None] = None
+    refused_structures: ClassVar[dict[str, str]] = {}  # structure -> reason
+
+    def __init__(
+        self,
+        *,
+        peers: int,
+        structure: str,
+        feature_dim: int,
+        trunk_channels: int,
+        epochs: int,
+        rescale: bool = False,
+    ) -> None:
+        """
+        Args:
+            peers: how many students are trained together.
+            structure: `branch`, they share their early stages, or `network`, they share nothing.
+            feature_dim: D, length of a peer's feature vector.
+            trunk_channels: c, channels of the feature map where the trunk ends.
+            epochs: length of the run, to which a `ramp_epochs` below 1 is relative.
+            rescale: multiply the gradient that peers send into the trunk by 1/P.
+
+        Raises:
+            ConfigError: a value is out of range, or the structure makes no sense for this method.
+        """
+        super().__init__()
+        check_number("method.peers", peers, minimum=self.fewest_peers, maximum=self.most_peers, integer=True)
+        check_choice("method.structure", structure, ("branch", "network"))
+        check_choice("method.rescale", rescale, (True, False))
+        if structure in self.refused_structures:
+            raise ConfigError(f"method.structure={structure}: {self.refused_structures[structure]}")
+        if rescale and structure == "network":
+            raise ConfigError(
+                "method.rescale=true: scales the gradient where a shared trunk ends, and networks share none."
+                " Use method.structure=branch or method.rescale=false."
+            )
+        self.peers = peers
+        self.structure = structure
+        self.feature_dim = feature_dim
+        self.trunk_channels = trunk_channels
+        self.epochs = epochs
+        self.rescale = rescale
+        self.auxiliary = peers
+        self.kept = 0
+        self.primary = "mean"
+        self.ramp: Callable[[int], float] = no_ramp
+
+    @property
+    def predictors(self) -> tuple[str, ...]:
+        return (*(f"peer{i}" for i in range(self.peers)), "ensemble")
+
+    def losses(self, output: GroupOutput, labels: Tensor, ramp: Tensor) -> Losses:
+        """The loss of one batch; runs in at least single precision, whatever the network's precision.
+
+        Args:
+            output: logits [P, B, K], features [P, B, D], trunk [B, c, h, w] or None.
+            labels: [B].
+            ramp: 0-dim, weight of the distillation terms in this epoch. A tensor, since a compiled step
+                would be compiled anew for each value of a Python float.
+        """
+        raise TypeError(f"{type(self).__name__} does not define losses(output, labels, ramp)")
+
+    def forward(self, output: GroupOutput, labels: Tensor, ramp: Tensor) -> Losses:
+        # Under autocast einsum and softmax return bf16 even for float inputs, and divergences of nearly
+        # equal distributions come out negative.
+        with torch.autocast(output.logits.device.type, enabled=False):
+            output = output._replace(
+                logits=at_least_single(output.logits), features=at_least_single(output.features)
+            )
+            return self.losses(output, labels, ramp)
+
+
+def no_ramp(epoch: int) -> float:
+    """The ramp of methods that have none."""
+    return 1.0
+
+
+class Ramp:
+    """The ramp of the distillation terms over a run (see `ramp_weight`)."""
+
+    def __init__(self, ramp_epochs: float, ramp_start: float, epochs: int) -> None:
+        """
+        Args:
+            ramp_epochs: length of the ramp; epochs, or below 1 a fraction of the run.
+            ramp_start: fraction of the run after which the ramp begins. Before it the weight is 1, as in
+                the authors' code (train_GL.py, `--start_consistency`).
+            epochs: length of the run.
+        """
+        check_number("method.ramp_epochs", ramp_epochs, minimum=0)
+        check_number("method.ramp_start", ramp_start, minimum=0, maximum=1)
+        self.length = ramp_epochs * epochs if ramp_epochs < 1 else ramp_epochs
+        self.start = ramp_start * epochs
+        if self.start + self.length > epochs:
+            log.warning(
+                "The ramp of %g epochs does not end within the run of %d: distillation never gets its full"
+                " weight. method.ramp_epochs=0.27 makes it relative to the run.",
+                self.length,
+                epochs,
+            )
+
+    def __call__(self, epoch: int) -> float:
+        return 1.0 if epoch < self.start else ramp_weight(epoch - self.start, self.length)
+
+
+def with_ensemble(logits: Tensor, auxiliary: int) -> Tensor:
+    """The peers' logits and, last, the mean of the first `auxiliary` of them, [P, B, K] to [P + 1, B, K]."""
+    return torch.cat([logits, logits[:auxiliary].mean(0, keepdim=True)])
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -1,0 +1,56 @@
+"""Classic knowledge distillation from a trained teacher (Hinton et al. 2015; the authors' train_kd.py)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from okddip.errors import ConfigError
+from okddip.methods.base import Losses, Method, at_least_single
+from okddip.methods.losses import check_soft_loss, hard_loss, log_softened, soft_loss
+from okddip.models.group import GroupOutput
+
+
+class KD(Method):
+    """hard + alpha * soft: the labels, and the predictions of a teacher that stays as it is.
+
+    The group carries the teacher and hands its logits over in `GroupOutput.teacher`.
+    """
+
+    fewest_peers = 1
+    most_peers = 1
+
+    def __init__(
+        self, *, teacher: str | None, temperature: float, alpha: float, loss: str, **group: Any
+    ) -> None:
+        """
+        Args:
+            teacher: where the trained teacher is; the path of a checkpoint, or `runs:/ID`.
+            temperature: T, softens the predictions of both.
+            alpha: weight of the soft loss.
+            loss: `kl` or `ce`, see `soft_loss`.
+            group: see `Method`.
+        """
+        super().__init__(**group)
+        check_soft_loss(temperature, alpha, loss)
+        if not teacher:
+            raise ConfigError(
+                "method.teacher is not set: name the checkpoint of a trained network"
+                " (method.teacher=outputs/.../best.pt) or its MLflow run (method.teacher=runs:/ID)."
+            )
+        self.temperature = temperature
+        self.alpha = alpha
+        self.loss = loss
+        self.primary = "student"
+
+    @property
+    def predictors(self) -> tuple[str, ...]:
+        return ("student", "teacher")
+
+    def losses(self, output: GroupOutput, labels: Tensor, ramp: Tensor) -> Losses:
+        assert output.teacher is not None, "the group was built without a teacher"
+        teacher = at_least_single(output.teacher.detach())[None]  # [1, B, K]
+        hard = hard_loss(output.logits, labels)
+        soft = soft_loss(output.logits, log_softened(teacher, self.temperature), self.temperature, self.loss)
+        predictions = torch.cat([output.logits, teacher])
+        return Losses(hard + self.alpha * soft, {"hard": hard, "soft": soft}, predictions)

@@ -1,0 +1,150 @@
+"""OKDDip: online knowledge distillation with diverse peers (Chen et al., AAAI 2020; train_GL.py)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from okddip.errors import ConfigError, check_choice, check_number
+from okddip.methods.base import Losses, Method, Ramp, with_ensemble
+from okddip.methods.losses import check_soft_loss, hard_loss, log_softened, soft_loss
+from okddip.models.group import GroupOutput
+
+
+class OKDDip(Method):
+    """hard + alpha * ramp * (first_level + second_level).
+
+    First level: each auxiliary peer imitates a mixture of its own, the peers' logits weighted by attention
+    between linear projections of their features (paper, equations 3 to 6), so that targets differ and peers
+    stay diverse. Second level: the last peer, the group leader, imitates the mean of the auxiliary peers'
+    logits; it is the network kept for inference.
+    """
+
+    itself: Tensor  # [A, A], true where a peer asks itself
+
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        alpha: float,
+        ramp_epochs: float,
+        ramp_start: float,
+        loss: str,
+        leader: bool,
+        attention: bool,
+        include_self: bool,
+        detach_targets: bool,
+        aggregate: str,
+        projection_factor: int,
+        **group: Any,
+    ) -> None:
+        """
+        Args:
+            temperature: T, softens the predictions of all.
+            alpha: weight of both soft losses.
+            ramp_epochs, ramp_start: see `Ramp`.
+            loss: `kl` or `ce`, see `soft_loss`.
+            leader: the last peer is the group leader; false: all are auxiliary peers, no second level.
+            attention: learn the weights of the mixtures; false: each is the uniform mean.
+            include_self: a peer's own logits take part in its mixture.
+            detach_targets: send no gradient into the peers' logits inside the targets. The attention weights
+                keep theirs, or the projections would learn nothing.
+            aggregate: mix the peers' `logits`, before the softmax, or their softened `probabilities`.
+            projection_factor: query and key have D / projection_factor features.
+            group: see `Method`.
+        """
+        for key, switch in {
+            "leader": leader,
+            "attention": attention,
+            "include_self": include_self,
+            "detach_targets": detach_targets,
+        }.items():
+            check_choice(f"method.{key}", switch, (True, False))
+        super().__init__(**group)
+        if leader and self.peers < 3:
+            raise ConfigError(
+                f"method.peers={self.peers}: OKDDip takes at least 3, two auxiliary peers and the group"
+                " leader (2 with method.leader=false)."
+            )
+        check_soft_loss(temperature, alpha, loss)
+        check_choice("method.aggregate", aggregate, ("logits", "probabilities"))
+        check_number(
+            "method.projection_factor", projection_factor, minimum=1, maximum=self.feature_dim, integer=True
+        )
+        self.temperature = temperature
+        self.alpha = alpha
+        self.ramp = Ramp(ramp_epochs, ramp_start, self.epochs)
+        self.loss = loss
+        self.leader = leader
+        self.include_self = include_self
+        self.detach_targets = detach_targets
+        self.aggregate = aggregate
+        self.auxiliary = self.peers - 1 if leader else self.peers
+        self.kept = self.peers - 1 if leader else 0
+        self.primary = "leader" if leader else "ensemble"
+        self.query: nn.Linear | None = None
+        self.key: nn.Linear | None = None
+        if attention:
+            projection_dim = self.feature_dim // projection_factor
+            self.query = nn.Linear(self.feature_dim, projection_dim, bias=False)
+            self.key = nn.Linear(self.feature_dim, projection_dim, bias=False)
+        self.register_buffer("itself", torch.eye(self.auxiliary, dtype=torch.bool), persistent=False)
+
+    @property
+    def predictors(self) -> tuple[str, ...]:
+        leader = ("leader",) if self.leader else ()
+        return (*(f"peer{i}" for i in range(self.auxiliary)), *leader, "ensemble")
+
+    def attend(self, features: Tensor) -> Tensor:
+        """How much each auxiliary peer (a) heeds each (b): softmax over b of q(h_a) . k(h_b), unscaled.
+
+        Args:
+            features: [A, B, D], of the auxiliary peers.
+
+        Returns:
+            [B, A asks, A answers]; rows sum to 1.
+        """
+        if self.query is not None and self.key is not None:
+            energy = torch.einsum("abd,cbd->bac", self.query(features), self.key(features))  # [B, A, A]
+        else:
+            energy = features.new_zeros(features.shape[1], self.auxiliary, self.auxiliary)  # [B, A, A]
+        if not self.include_self:
+            energy = energy.masked_fill(self.itself, float("-inf"))
+        return energy.softmax(-1)
+
+    def log_targets(self, attention: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities at temperature T of what the auxiliary peers and the leader imitate.
+
+        Args:
+            attention: [B, A, A].
+            logits: [A, B, K], of the auxiliary peers.
+
+        Returns:
+            [A, B, K] for the auxiliary peers, [1, B, K] for the leader.
+        """
+        if self.detach_targets:
+            logits = logits.detach()
+        if self.aggregate == "logits":
+            mixtures = torch.einsum("bac,cbk->abk", attention, logits)  # [A, B, K]
+            mean = logits.mean(0, keepdim=True)  # [1, B, K]
+            return log_softened(mixtures, self.temperature), log_softened(mean, self.temperature)
+        probabilities = (logits / self.temperature).softmax(-1)  # [A, B, K]
+        mixtures = torch.einsum("bac,cbk->abk", attention, probabilities)  # [A, B, K]
+        mean = probabilities.mean(0, keepdim=True)  # [1, B, K]
+        smallest = torch.finfo(logits.dtype).tiny  # a probability may underflow; its logarithm must not
+        return mixtures.clamp_min(smallest).log(), mean.clamp_min(smallest).log()
+
+    def losses(self, output: GroupOutput, labels: Tensor, ramp: Tensor) -> Losses:
+        peers, leader = output.logits[: self.auxiliary], output.logits[self.auxiliary :]
+        attention = self.attend(output.features[: self.auxiliary])
+        peer_targets, leader_target = self.log_targets(attention, peers)
+
+        hard = hard_loss(output.logits, labels)
+        first_level = soft_loss(peers, peer_targets, self.temperature, self.loss)
+        parts = {"hard": hard, "first_level": first_level}
+        soft = first_level
+        if self.leader:
+            parts["second_level"] = soft_loss(leader, leader_target, self.temperature, self.loss)
+            soft = soft + parts["second_level"]
+        total = hard + self.alpha * ramp * soft
+        return Losses(total, parts, with_ensemble(output.logits, self.auxiliary))
