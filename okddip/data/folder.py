@@ -1,0 +1,264 @@
+"""Folders of images: root/SPLIT/CLASS/*, listed, checked and decoded."""
+
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from okddip.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# what Pillow may recognise; its other readers are slow, rare or start other programs
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+CACHE_VERSION = 1  # raise when decoding changes: older caches are then decoded anew
+SMALL = 64 * 64  # pixels
+CHUNK = 256  # files a thread decodes at a time
+
+
+class Listing(NamedTuple):
+    """The files of a folder, sorted by split, class and name."""
+
+    classes: tuple[str, ...]
+    files: dict[str, list[str]]  # paths of each split
+    labels: dict[str, np.ndarray]  # int64 [N] of each split
+    fingerprint: str  # of all names, sizes and times of change
+
+
+def scan(root: Path, splits: Sequence[str]) -> Listing:
+    """List root/SPLIT/CLASS/*, following links and ignoring what is hidden.
+
+    Raises:
+        ConfigError: a folder is missing, unreadable or empty, a class is in one split only, or something is
+            not where it belongs.
+    """
+    if not root.is_dir():
+        raise ConfigError(f"dataset.root={root}: there is no such folder.")
+    entries = {split: _entries(root / split) for split in splits}
+    classes: dict[str, list[str]] = {}
+    for split, found in entries.items():
+        for entry in found:
+            if not entry.is_dir():
+                raise ConfigError(f"{entry.path}: is no folder; images belong into {root / split}/CLASS/.")
+        classes[split] = sorted(entry.name for entry in found)
+        if not found:
+            raise ConfigError(f"{root / split}: is empty; expected {root / split}/CLASS/* with images.")
+    first, *others = splits
+    for other in others:
+        for name in sorted(set(classes[first]) ^ set(classes[other])):
+            absent = other if name in classes[first] else first
+            raise ConfigError(
+                f"{root}: class '{name}' has no folder in {root / absent}; each class must be in each split."
+            )
+
+    digest = hashlib.sha256()
+    files: dict[str, list[str]] = {split: [] for split in splits}
+    labels: dict[str, np.ndarray] = {}
+    for split in splits:
+        counts = []
+        for name in classes[first]:
+            found = sorted(_entries(root / split / name), key=lambda entry: entry.name)
+            if not found:
+                raise ConfigError(
+                    f"{root / split / name}: is empty; every class needs an image in every split."
+                )
+            for entry in found:
+                digest.update(os.fsencode(entry.path) + _stamp(entry))
+            files[split].extend(entry.path for entry in found)
+            counts.append(len(found))
+        labels[split] = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    return Listing(tuple(classes[first]), files, labels, digest.hexdigest())
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be listed ({error.strerror}).") from error
+
+
+def _stamp(entry: os.DirEntry[str]) -> bytes:
+    try:
+        stat = entry.stat()
+        if not entry.is_file():
+            raise ConfigError(f"{entry.path}: is no file; images lie directly in the folder of their class.")
+    except OSError as error:
+        raise ConfigError(f"{entry.path}: cannot be read ({error.strerror}).") from error
+    return f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode()
+
+
+def read_image(path: str, channels: int = 3) -> Image.Image:
+    """Read a file as an upright 8-bit image in RGB, or in grey for one channel.
+
+    16-bit grey is scaled to 8 bits, transparency is laid on black (as crops are padded with black), palettes
+    and other colour spaces are converted, and a JPEG is turned as its EXIF orientation says. Of an animation
+    the first frame is read.
+
+    Raises:
+        ConfigError: names the file and says why it cannot be read.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            image: Image.Image = file
+            # Pillow itself only warns up to twice its limit
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are too many")
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("pixels are floating-point numbers, of unknown range")
+            if image.mode.startswith("I"):
+                image = _to_8_bits(image)
+            if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            return image.convert("RGB" if channels == 3 else "L")
+    except Image.UnidentifiedImageError as error:
+        raise ConfigError(
+            f"{path}: is no image, or its beginning is damaged (known formats: {', '.join(FORMATS)}); remove "
+            f"or replace it."
+        ) from error
+    except (
+        Exception
+    ) as error:  # damaged files make Pillow's readers raise SyntaxError, struct.error, zlib.error...
+        raise ConfigError(f"{path}: cannot be decoded ({error}); remove or replace it.") from error
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("grey values outside 0 to 65535")
+    return Image.fromarray((values // 257).astype(np.uint8))
+
+
+def decode(files: Sequence[str], size: tuple[int, int] | None, channels: int, description: str) -> Tensor:
+    """Decode files to uint8 [N, H, W, C].
+
+    Args:
+        files: paths; at least one.
+        size: (height, width) to which images are scaled, the shorter side exactly and the longer one cropped
+            at its centre; None takes them as they are, all of one size.
+        channels: 3 (RGB) or 1 (grey).
+        description: what the progress bar says.
+
+    Raises:
+        ConfigError: a file cannot be read or has another size than the first; it is named.
+    """
+
+    def read(path: str) -> np.ndarray:  # [H, W, C]
+        image = read_image(path, channels)
+        if size is not None and image.size != (size[1], size[0]):
+            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
+        return np.asarray(image).reshape(image.height, image.width, channels)
+
+    first = read(files[0])
+    needed, memory = len(files) * first.nbytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ConfigError(
+            f"{description}: {len(files)} images of {first.shape[0]}x{first.shape[1]} need "
+            f"{needed / 2**30:.0f} GiB of memory, this machine has {memory / 2**30:.0f}; give a smaller "
+            f"dataset.image_size, or use dataset=imagenet, which decodes while it trains."
+        )
+    images = np.empty((len(files), *first.shape), dtype=np.uint8)
+
+    def fill(start: int) -> int:
+        for index, path in enumerate(files[start : start + CHUNK], start):
+            image = read(path)
+            if image.shape != first.shape:
+                raise ConfigError(
+                    f"{path}: is {image.shape[1]}x{image.shape[0]} (width x height), but {files[0]} is "
+                    f"{first.shape[1]}x{first.shape[0]}; all images must be of one size, or give "
+                    f"dataset.image_size, to which they are scaled."
+                )
+            images[index] = image
+        return min(CHUNK, len(files) - start)
+
+    # Pillow decodes without Python's lock; for small images the time is in Python: at 32x32 two
+    # threads were measured to take twice as long as one
+    with Image.open(files[0]) as image:
+        threads = 1 if image.width * image.height < SMALL else min(16, os.cpu_count() or 1)
+    if not sys.stderr.isatty():
+        print(f"{description}: {len(files):,} images", file=sys.stderr)
+    with (
+        tqdm(total=len(files), desc=description, unit=" images", disable=not sys.stderr.isatty()) as bar,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        try:
+            for done in pool.map(fill, range(0, len(files), CHUNK)):
+                bar.update(done)
+        except ConfigError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return torch.from_numpy(images)
+
+
+def decode_cached(
+    root: Path, listing: Listing, size: tuple[int, int] | None, channels: int, cache_dir: Path
+) -> dict[str, Tensor]:
+    """Decode the images of a listing, or take them from `cache_dir` if nothing has changed since.
+
+    A cache belongs to a folder and its options, and holds the fingerprint of what it was made from. The
+    decoded images are mapped from the file, so that runs side by side share its memory.
+
+    Returns:
+        uint8 [N, H, W, C] for each split.
+
+    Raises:
+        ConfigError: see `decode`.
+    """
+    key = hashlib.sha256(repr((str(root.resolve()), size, channels)).encode("utf-8", "surrogateescape"))
+    path = cache_dir / f"{key.hexdigest()[:32]}.pt"
+    stamp = f"{CACHE_VERSION} {listing.fingerprint}"
+    images = _load(path, stamp)
+    if images is None:
+        images = {
+            split: decode(files, size, channels, f"Decoding {root / split}")
+            for split, files in listing.files.items()
+        }
+        shapes = {split: tuple(part.shape[1:3]) for split, part in images.items()}
+        if len(set(shapes.values())) > 1:
+            raise ConfigError(
+                f"{root}: images differ in size (height, width) between the splits: {shapes}; give "
+                f"dataset.image_size, to which they are scaled."
+            )
+        _save(path, {"stamp": stamp, "images": images})
+    return images
+
+
+def _load(path: Path, stamp: str) -> dict[str, Tensor] | None:
+    try:
+        cached = torch.load(path, mmap=True, weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever a damaged file causes, the images can be decoded again
+        log.warning("%s cannot be read (%s); decoding the images again.", path, error)
+        return None
+    return cached["images"] if cached["stamp"] == stamp else None
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            temporary = Path(file.name)
+            torch.save(content, file)
+        temporary.replace(path)  # whole or not at all, also when several runs decode at once
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        log.warning(
+            "dataset.cache_dir=%s: cannot be written (%s); the next run decodes again.", path.parent, error
+        )

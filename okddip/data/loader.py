@@ -1,0 +1,126 @@
+"""Batches of a data set that is held in memory as uint8 images, if possible in the device's own."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from okddip.data.augment import Normalization, augment, draw, normalize
+from okddip.data.sources import Split
+
+
+def seed_of(*words: int) -> int:
+    """A 64-bit seed for a generator, mixed from non-negative integers such as (seed, epoch)."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+def batch_seed(seed: int, epoch: int, step: int) -> int:
+    """The seed of what is drawn for one batch."""
+    # steps count from 1 here: to SeedSequence (seed, epoch) and (seed, epoch, 0) are the same, and
+    # (seed, epoch) is the seed of the epoch's order
+    return seed_of(seed, epoch, step + 1)
+
+
+class _Loader:
+    """What training and evaluation share: the images, their size in batches and the way to the device."""
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        device: torch.device,
+        constants: Normalization,
+        on_device: bool,
+        channels_last: bool,
+    ) -> None:
+        self.size = len(split.labels)
+        self.batch_size = batch_size
+        self.device = device
+        self.constants = constants
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.on_device = on_device
+        place = device if on_device else torch.device("cpu")
+        self.images, self.labels = split.images.to(place), split.labels.to(place)
+
+    def __len__(self) -> int:
+        return -(-self.size // self.batch_size)
+
+    def _take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The images [B, H, W, C] and labels [B] at `indices`, on the device; never waits for it."""
+        if self.on_device:
+            return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+        # gathered into page-locked memory, from where the copy runs beside the computation; the
+        # allocator hands the buffer out again only after the copy
+        images = torch.empty(len(indices), *self.images.shape[1:], dtype=torch.uint8, pin_memory=True)
+        labels = torch.empty(len(indices), dtype=torch.int64, pin_memory=True)
+        torch.index_select(self.images, 0, indices, out=images)
+        torch.index_select(self.labels, 0, indices, out=labels)
+        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class TrainLoader(_Loader):
+    """Shuffled and augmented batches; epoch and step alone decide what is drawn, no state is carried.
+
+    Args:
+        split: uint8 images [N, H, W, C], labels [N].
+        batch_size: the last batch of an epoch may be smaller.
+        device: where the batches are wanted.
+        constants: of the normalisation, on `device`.
+        seed: non-negative.
+        pad, flip: see `augment`.
+        on_device: whether the images are kept on `device` or stay on the host.
+        channels_last: memory format of the batches.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        device: torch.device,
+        constants: Normalization,
+        *,
+        seed: int,
+        pad: int,
+        flip: bool,
+        on_device: bool = True,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(split, batch_size, device, constants, on_device, channels_last)
+        self.seed = seed
+        self.pad = pad
+        self.flip = flip
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images [B, C, H, W] float32 and labels [B] of one epoch (counted from 0), on the device."""
+        place = self.images.device
+        shuffler = torch.Generator(place).manual_seed(seed_of(self.seed, epoch))
+        order = torch.randperm(self.size, generator=shuffler, device=place)
+        drawer = torch.Generator(self.device)
+        for step, indices in enumerate(order.split(self.batch_size)):
+            images, labels = self._take(indices)
+            drawer.manual_seed(batch_seed(self.seed, epoch, step))
+            draws = draw(len(labels), drawer, self.pad, self.flip)
+            yield augment(images, draws, self.constants, self.pad, self.memory_format), labels
+
+
+class EvalLoader(_Loader):
+    """All images in their order, normalised and otherwise as they are."""
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        device: torch.device,
+        constants: Normalization,
+        *,
+        on_device: bool = True,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(split, batch_size, device, constants, on_device, channels_last)
+
+    def batches(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images [B, C, H, W] float32 and labels [B] on the device; the same in every epoch."""
+        for indices in torch.arange(self.size, device=self.images.device).split(self.batch_size):
+            images, labels = self._take(indices)
+            yield normalize(images, self.constants, self.memory_format), labels

@@ -1,0 +1,265 @@
+"""Image folders too large for memory: decoded by worker processes while the model trains."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as MapDataset
+from torchvision.transforms import v2
+
+from okddip.data.augment import Normalization, normalization, normalize
+from okddip.data.folder import read_image, scan
+from okddip.data.loader import batch_seed, seed_of
+from okddip.data.options import check_options
+from okddip.data.stratify import hold_out
+from okddip.errors import ConfigError, check_choice
+
+log = logging.getLogger(__name__)
+
+
+class StreamingDataset:
+    """root/train/CLASS/* and root/val/CLASS/* (ImageNet's folders; val is the test split), in RGB.
+
+    Training images are random resized crops (area 8% to 100%, aspect ratio 3/4 to 4/3), flipped at random;
+    test images are scaled until their shorter side is `resize` and cropped at the centre. The same public
+    face as `okddip.data.dataset.Dataset`; the constructor's arguments are the keys of the config group.
+
+    Args:
+        name, root, train_size, validation, mean, std, flip: as there; mean and std must be given.
+        image_size: of the crops, one number.
+        resize: see above; at least `image_size`.
+        workers: processes that decode, at most one a core; 0 decodes in the training process. Changes no
+            number.
+        bad_images: what an image that cannot be read does: "refuse" ends the run naming it, "skip" leaves it
+            out of its batch, warns, and counts it in the loader's `skipped`.
+        pad, on_device, cache_dir, device_share: of data sets in memory; only None, False and any folder and
+            number are allowed.
+
+    Raises:
+        ConfigError: a value is not allowed, or a folder is not as it should be.
+    """
+
+    channels = 3
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int = 224,
+        resize: int = 256,
+        flip: bool = True,
+        train_size: int | None = None,
+        validation: float = 0,
+        workers: int = 8,
+        bad_images: str = "skip",
+        pad: int | None = None,
+        on_device: str | bool = False,
+        cache_dir: str | None = None,
+        device_share: float | None = None,
+    ) -> None:
+        check_options(
+            {
+                "root": root,
+                "mean": mean,
+                "std": std,
+                "image_size": image_size,
+                "resize": resize,
+                "flip": flip,
+                "train_size": train_size,
+                "validation": validation,
+                "workers": workers,
+                "bad_images": bad_images,
+            }
+        )
+        self._check_alone(image_size, resize, mean, pad, on_device)
+        folder = Path(root).expanduser()
+        listing = scan(folder, ("train", "val"))
+        train, val = hold_out(listing.labels["train"], listing.classes, validation, train_size)
+        # as bytes: workers would copy the memory of a million Python strings by counting references
+        files = {
+            split: np.array([os.fsencode(path) for path in paths]) for split, paths in listing.files.items()
+        }
+        self.splits = {
+            "train": Files(files["train"][train], listing.labels["train"][train]),
+            "test": Files(files["val"], listing.labels["val"]),
+        }
+        if len(val):
+            self.splits["val"] = Files(files["train"][val], listing.labels["train"][val])
+        self.name = name
+        self.classes = listing.classes
+        self.image_size = (image_size, image_size)
+        self.sizes = {split: len(part.labels) for split, part in self.splits.items()}
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.workers = min(workers, len(os.sched_getaffinity(0)))
+        self.bad_images = bad_images
+        self.train_transform = v2.Compose(
+            [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(0.5 if flip else 0.0)]
+        )
+        self.test_transform = v2.Compose([v2.Resize(resize), v2.CenterCrop(image_size)])
+
+    @staticmethod
+    def _check_alone(
+        image_size: object, resize: int, mean: Sequence[float] | None, pad: object, on_device: object
+    ) -> None:
+        """What is allowed for data sets in memory, and not here."""
+        if not isinstance(image_size, int) or resize < image_size:
+            raise ConfigError(
+                f"dataset.image_size={image_size}, dataset.resize={resize}: a streamed data set needs one "
+                f"number for the image size, and resize at least as large."
+            )
+        if mean is None or len(mean) != 3:
+            raise ConfigError(
+                f"dataset.mean={mean}: a streamed data set needs three numbers each in dataset.mean and std."
+            )
+        if pad is not None or on_device is not False:
+            raise ConfigError(
+                f"dataset.pad={pad}, dataset.on_device={on_device}: do not apply to a streamed data set; "
+                f"leave them at null and false."
+            )
+
+    def train_loader(
+        self, batch_size: int, device: torch.device, seed: int, channels_last: bool = False
+    ) -> "StreamingLoader":
+        """Shuffled, augmented batches of the training images."""
+        return StreamingLoader(
+            self, self.splits["train"], self.train_transform, batch_size, device, channels_last, seed=seed
+        )
+
+    def eval_loader(
+        self, split: str, batch_size: int, device: torch.device, channels_last: bool = False
+    ) -> "StreamingLoader":
+        """Batches of a split ("train", "test" or "val") in order, without augmentation."""
+        check_choice("split", split, self.splits)
+        return StreamingLoader(
+            self, self.splits[split], self.test_transform, batch_size, device, channels_last, seed=None
+        )
+
+
+class Files(NamedTuple):
+    paths: np.ndarray  # [N] bytes
+    labels: np.ndarray  # [N] int64
+
+
+class StreamingLoader:
+    """Batches decoded ahead by workers, copied to the device beside the computation and normalised there.
+
+    Args:
+        seed: None for all images in order.
+    """
+
+    def __init__(
+        self,
+        dataset: StreamingDataset,
+        files: Files,
+        transform: v2.Transform,
+        batch_size: int,
+        device: torch.device,
+        channels_last: bool,
+        *,
+        seed: int | None,
+    ) -> None:
+        self.size = len(files.labels)
+        self.skipped = 0  # images left out so far because they cannot be read
+        self.batch_size = batch_size
+        self.device = device
+        self.seed = seed
+        self.bad_images = dataset.bad_images
+        self.workers = dataset.workers
+        self.samples = _Samples(files, transform)
+        self.constants: Normalization = normalization(dataset.mean, dataset.std, device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __len__(self) -> int:
+        return -(-self.size // self.batch_size)
+
+    def batches(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images [B, 3, H, W] float32 and labels [B] of one epoch (counted from 0), on the device.
+
+        Raises:
+            ConfigError: an image cannot be read and `bad_images` is "refuse".
+        """
+        # workers live as long as this iterator: leaving it early ends them
+        loader = DataLoader(
+            self.samples,
+            sampler=_Order(self.size, self.seed, epoch),
+            batch_size=self.batch_size,
+            collate_fn=_collate,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or it would draw from the default one, which dropout uses
+        )
+        for images, labels, errors in loader:
+            if errors and self.bad_images == "refuse":
+                raise ConfigError(f"{errors[0]} Or leave out what cannot be read: dataset.bad_images=skip.")
+            for error in errors:
+                self.skipped += 1
+                log.warning("Skipped (%d so far): %s", self.skipped, error)
+            if len(labels):
+                images = images.to(self.device, non_blocking=True)  # [B, H, W, 3] uint8
+                labels = labels.to(self.device, non_blocking=True)
+                yield normalize(images, self.constants, self.memory_format), labels
+
+
+class Draw(NamedTuple):
+    """Which image, and the seed of its augmentation (None for none)."""
+
+    image: int
+    seed: int | None
+
+
+class _Order:
+    """The order of an epoch; an image's draws hang on its place in it, not on the worker that decodes it."""
+
+    def __init__(self, size: int, seed: int | None, epoch: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Draw]:
+        if self.seed is None:
+            yield from (Draw(index, None) for index in range(self.size))
+            return
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator)
+        for place, index in enumerate(order.tolist()):
+            yield Draw(index, batch_seed(self.seed, self.epoch, place))
+
+
+class _Samples(MapDataset):
+    """Decoded and transformed images; one that cannot be read is returned as what is wrong with it."""
+
+    def __init__(self, files: Files, transform: v2.Transform) -> None:
+        self.files = files
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files.labels)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int] | str:
+        try:
+            image = read_image(os.fsdecode(self.files.paths[draw.image]))
+        except ConfigError as error:
+            return str(error)
+        # the transforms draw from the default generator; without workers it is the training's own
+        with torch.random.fork_rng(devices=[], enabled=draw.seed is not None):
+            if draw.seed is not None:
+                torch.manual_seed(draw.seed)
+            pixels = np.asarray(self.transform(image))
+        return torch.from_numpy(pixels.copy()), int(self.files.labels[draw.image])
+
+
+def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+    good = [sample for sample in samples if not isinstance(sample, str)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    return images, labels, [sample for sample in samples if isinstance(sample, str)]

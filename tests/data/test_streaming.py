@@ -1,0 +1,166 @@
+"""Data sets that are decoded while training."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dispatch_watch import HostReads
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+from okddip.data.streaming import StreamingDataset, StreamingLoader
+from okddip.errors import ConfigError
+
+CPU = torch.device("cpu")
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """ImageNet's folders, with 2 classes, 6 training and 3 validation images in each, of various sizes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for name in ("n01440764", "n01443537"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                height, width = rng.integers(30, 60, size=2)
+                pixels = rng.integers(256, size=(height, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{number}.JPEG")
+    return tmp_path
+
+
+def streamed(root: Path, **options: Any) -> StreamingDataset:
+    given = {"image_size": 24, "resize": 28, "workers": 0, "mean": MEAN, "std": STD}
+    return StreamingDataset(name="tiny", root=str(root), **given | options)
+
+
+def collect(loader: StreamingLoader, epoch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*loader.batches(epoch), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_it_has_the_face_of_a_data_set_in_memory(root: Path) -> None:
+    dataset = streamed(root, validation=0.34, train_size=6)
+    assert dataset.classes == ("n01440764", "n01443537")
+    assert dataset.sizes == {"train": 6, "test": 6, "val": 4}
+    assert dataset.image_size == (24, 24)
+    assert dataset.channels == 3
+    loader = dataset.train_loader(4, CPU, seed=0)
+    assert len(loader) == 2
+    assert loader.size == 6
+    batches = list(loader.batches(0))
+    assert [images.shape for images, _ in batches] == [(4, 3, 24, 24), (2, 3, 24, 24)]
+    assert batches[0][0].dtype == torch.float32
+
+
+def test_test_images_are_scaled_cropped_at_the_centre_and_in_order(root: Path) -> None:
+    images, labels = collect(streamed(root).eval_loader("test", 4, CPU))
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    with Image.open(root / "val" / "n01440764" / "1.JPEG") as file:
+        image = TF.center_crop(TF.resize(file.convert("RGB"), 28), 24)
+    torch.testing.assert_close(images[1], TF.normalize(TF.to_tensor(image), MEAN, STD))
+
+
+def test_draws_hang_on_seed_and_epoch_and_not_on_the_workers(root: Path) -> None:
+    alone, labels = collect(streamed(root).train_loader(5, CPU, seed=1), epoch=2)
+    torch.manual_seed(99)
+    helped, labels_helped = collect(streamed(root, workers=2).train_loader(5, CPU, seed=1), epoch=2)
+    assert torch.equal(alone, helped)
+    assert torch.equal(labels, labels_helped)
+    for seed, epoch in ((1, 3), (2, 2)):
+        assert not torch.equal(alone, collect(streamed(root).train_loader(5, CPU, seed=seed), epoch)[0])
+
+
+def test_an_image_is_cropped_anew_in_every_epoch(root: Path) -> None:
+    loader = streamed(root).train_loader(12, CPU, seed=0)
+    first, second = collect(loader, 0)[0], collect(loader, 1)[0]
+    # in another order too: no image of the second epoch is one of the first
+    assert not (first[:, None] == second[None]).flatten(2).all(dim=2).any()
+
+
+def test_the_default_generator_is_left_as_it_was(root: Path) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    collect(streamed(root).train_loader(4, CPU, seed=0))
+    collect(streamed(root).eval_loader("test", 4, CPU))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_workers_end_with_their_epoch_and_when_it_is_left_early(root: Path) -> None:
+    loader = streamed(root, workers=2).train_loader(2, CPU, seed=0)
+    collect(loader)
+    assert multiprocessing.active_children() == []
+    batches = loader.batches(1)
+    next(batches)
+    assert multiprocessing.active_children()
+    batches.close()  # type: ignore[attr-defined]
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_ends_the_run_by_its_name(root: Path, workers: int) -> None:
+    (root / "train" / "n01440764" / "3.JPEG").write_bytes(b"no image")
+    dataset = streamed(root, workers=workers, bad_images="refuse")
+    with pytest.raises(ConfigError, match=r"^[^\n]*n01440764/3\.JPEG: is no image[^\n]*bad_images=skip\.$"):
+        collect(dataset.train_loader(4, CPU, seed=0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_skipped_and_counted(
+    root: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = root / "train" / "n01440764" / "3.JPEG"
+    path.write_bytes(path.read_bytes()[:300])
+    loader = streamed(root, workers=workers, bad_images="skip").train_loader(4, CPU, seed=0)
+    assert collect(loader)[1].bincount().tolist() == [5, 6]
+    assert loader.skipped == 1
+    assert "Skipped (1 so far)" in caplog.text
+    assert str(path) in caplog.text
+    collect(loader, epoch=1)
+    assert loader.skipped == 2
+
+
+def test_a_batch_without_a_readable_image_is_left_out(root: Path) -> None:
+    for number in range(3):
+        (root / "val" / "n01440764" / f"{number}.JPEG").write_bytes(b"")
+    loader = streamed(root, bad_images="skip").eval_loader("test", 3, CPU)
+    assert [labels.tolist() for _, labels in loader.batches()] == [[1, 1, 1]]
+    assert loader.skipped == 3
+
+
+def test_the_host_reads_nothing_once_images_are_decoded(root: Path) -> None:
+    loader = streamed(root, workers=2).eval_loader("test", 3, CPU)
+    batches = loader.batches()
+    next(batches)  # before it the workers start, for which torch reads a seed that is drawn on the host
+    with HostReads() as watch:
+        assert len(list(batches)) == 1
+    assert watch.operators > 0
+    assert watch.found == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pad": 4}, r"dataset\.pad=4, .* do not apply"),
+        ({"on_device": True}, r"dataset\.on_device=True: do not apply"),
+        ({"resize": 20}, r"dataset\.image_size=24, dataset\.resize=20"),
+        ({"image_size": None}, r"dataset\.image_size=None"),
+        ({"mean": None, "std": None}, r"dataset\.mean=None"),
+        ({"bad_images": "ignore"}, r"dataset\.bad_images=ignore: must be one of refuse, skip"),
+        ({"workers": -1}, r"dataset\.workers=-1"),
+        ({"train_size": 13}, r"dataset\.train_size=13: the training set has 12"),
+        ({"validation": 0.05}, "would have no validation image"),
+    ],
+)
+def test_wrong_options_are_refused(root: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        streamed(root, **options)
+
+
+def test_its_folder_is_checked_like_any_other(root: Path) -> None:
+    (root / "val" / "n01443537").rename(root / "val" / "n01491361")
+    with pytest.raises(ConfigError, match=r"class 'n01443537' has no folder in .*val"):
+        streamed(root)
