@@ -1,0 +1,81 @@
+"""Accuracy, losses and diversity: summed on the device over an epoch, read back once at its end."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from okddip.methods.base import Losses, Method
+
+Sums = dict[str, Tensor]
+
+
+def count(losses: Losses, labels: Tensor, auxiliary: int | None = None) -> Sums:
+    """Sums over one batch, on its device. Exact over an epoch: a smaller batch counts by its size.
+
+    Args:
+        losses: of the batch; predictions [Q, B, K].
+        labels: [B].
+        auxiliary: measure diversity among the first so many predictors; None: leave it out.
+
+    Returns:
+        0-dim sums, `top1` and `top5` [Q].
+    """
+    batch, classes = losses.predictions.shape[1:]
+    ranked = losses.predictions.topk(min(5, classes)).indices  # [Q, B, 5], best first
+    hits = ranked == labels[:, None]  # [Q, B, 5]
+    sums = {"images": labels.new_full((), batch), "loss": losses.total * batch}
+    sums |= {f"{name}_loss": part * batch for name, part in losses.parts.items()}
+    sums["top1"] = hits[..., 0].sum(1)
+    if classes >= 5:
+        sums["top5"] = hits.sum((1, 2))
+    if auxiliary is not None and auxiliary > 1:
+        sums["diversity"] = diversity(losses.predictions[:auxiliary]) * batch
+    return {name: value.detach() for name, value in sums.items()}
+
+
+def diversity(logits: Tensor) -> Tensor:
+    """Euclidean distance between peers' softmax outputs, mean over samples and unordered pairs of peers.
+
+    The authors divide the sum by 3, the number of pairs among 3 peers, whatever their number (train_GL.py).
+
+    Args:
+        logits: [A, B, K], of at least two peers.
+    """
+    probabilities = logits.softmax(-1).transpose(0, 1)  # [B, A, K]
+    # the matrix-product form loses the small distances of nearly equal peers
+    distances = torch.cdist(probabilities, probabilities, compute_mode="donot_use_mm_for_euclid_dist")
+    peers = logits.shape[0]
+    return distances.sum((1, 2)).mean() / (peers * (peers - 1))
+
+
+def accumulate(sums: Sums | None, batch: Sums) -> Sums:
+    """Add a batch's sums to the epoch's, in place after the first."""
+    if sums is None:
+        return {name: value.clone() for name, value in batch.items()}
+    for dtype in {value.dtype for value in batch.values()}:
+        names = [name for name, value in batch.items() if value.dtype == dtype]
+        torch._foreach_add_([sums[name] for name in names], [batch[name] for name in names])
+    return sums
+
+
+def read(sums: Sums, method: Method) -> dict[str, float]:
+    """Bring an epoch's sums to the host: means, and accuracies in percent by predictor.
+
+    `top1` without a predictor is the primary predictor's; `mean/top1` is the mean of the accuracies of the
+    peers that `Method.auxiliary` counts.
+    """
+    values: dict[str, Any] = {name: value.tolist() for name, value in sums.items()}
+    images: int = values.pop("images")
+    metrics: dict[str, float] = {}
+    for name, value in values.items():
+        if name not in ("top1", "top5"):
+            metrics[name] = value / images
+            continue
+        accuracies = [100 * hits / images for hits in value]
+        by_predictor = dict(zip(method.predictors, accuracies, strict=True))
+        if method.peers > 1:
+            by_predictor["mean"] = sum(accuracies[: method.auxiliary]) / method.auxiliary
+        metrics[name] = by_predictor[method.primary]
+        metrics |= {f"{predictor}/{name}": accuracy for predictor, accuracy in by_predictor.items()}
+    return metrics

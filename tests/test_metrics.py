@@ -1,0 +1,69 @@
+from collections.abc import Callable
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from okddip import metrics
+from okddip.methods.base import Losses, Method
+from okddip.models.group import GroupOutput
+
+
+def group_output(batch: int, peers: int = 4, classes: int = 10) -> tuple[GroupOutput, Tensor]:
+    labels = torch.randint(classes, (batch,))
+    logits = torch.randn(peers, batch, classes)
+    return GroupOutput(logits, torch.randn(peers, batch, 64), torch.randn(batch, 32, 4, 4)), labels
+
+
+def test_accuracies_over_uneven_batches_are_exact(make_method: Callable[..., Method]) -> None:
+    method = make_method("okddip")
+    ramp = torch.tensor(0.5)
+    batches = [group_output(size) for size in (64, 64, 7)]
+    sums = None
+    for output, labels in batches:
+        sums = metrics.accumulate(sums, metrics.count(method(output, labels, ramp), labels, method.auxiliary))
+    read = metrics.read(sums, method)
+
+    logits = torch.cat([output.logits for output, _ in batches], dim=1)  # [P, 135, K]
+    labels = torch.cat([labels for _, labels in batches])
+    correct = [100 * (peer.argmax(-1) == labels).double().mean().item() for peer in logits]
+    assert read["top1"] == read["leader/top1"] == pytest.approx(correct[3])
+    assert [read[f"peer{i}/top1"] for i in range(3)] == pytest.approx(correct[:3])
+    assert read["mean/top1"] == pytest.approx(sum(correct[:3]) / 3)
+    ensemble = logits[:3].mean(0)
+    assert read["ensemble/top1"] == pytest.approx(
+        100 * (ensemble.argmax(-1) == labels).double().mean().item()
+    )
+    in_five = [label in ranked for label, ranked in zip(labels, ensemble.topk(5).indices, strict=True)]
+    assert read["ensemble/top5"] == pytest.approx(100 * sum(in_five) / 135)
+    hard = sum(torch.nn.functional.cross_entropy(peer, labels).item() for peer in logits)
+    assert read["hard_loss"] == pytest.approx(hard, rel=1e-5)
+
+    probabilities = logits[:3].softmax(-1)
+    distances = [
+        (probabilities[a] - probabilities[b]).norm(dim=-1).mean() for a, b in combinations(range(3), 2)
+    ]
+    assert read["diversity"] == pytest.approx(sum(distances).item() / 3, rel=1e-5)
+
+
+def test_without_five_classes_there_is_no_top5(make_method: Callable[..., Method]) -> None:
+    method = make_method("okddip")
+    output, labels = group_output(8, classes=3)
+    read = metrics.read(metrics.count(method(output, labels, torch.tensor(1.0)), labels), method)
+    assert "top1" in read
+    assert not any("top5" in name for name in read)
+
+
+def test_nothing_that_answers_the_same_to_all_is_called_right() -> None:
+    """Ties and NaN are no hits for whoever comes first in a comparison."""
+    labels = torch.arange(10)
+    for value in (0.0, float("nan")):
+        predictions = torch.full((1, 10, 10), value)
+        sums = metrics.count(Losses(torch.tensor(0.0), {}, predictions), labels)
+        assert sums["top1"].item() <= 1
+
+
+def test_identical_peers_have_no_diversity() -> None:
+    logits = torch.randn(1, 16, 10).expand(3, -1, -1)
+    assert metrics.diversity(logits).item() == 0
