@@ -1,0 +1,481 @@
+"""MLflow: one run holds the configuration, the metrics of every epoch and the artifacts.
+
+Only `MlflowClient` is used, never MLflow's global active run, so nothing leaks from one run of a process
+into the next. A run outlives its store: what cannot be sent is kept, and sent when the store answers again.
+"""
+
+import getpass
+import json
+import logging
+import math
+import os
+import re
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from okddip.errors import ConfigError
+
+if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
+    import mlflow
+
+logger = logging.getLogger(__name__)
+
+OPEN_SECONDS = 6.0  # until a store that does not answer is given up
+SEND_SECONDS = 0.8  # what an epoch waits for one answer; at most two are waited for
+RETRY_SECONDS = 10.0  # how long a store that does not answer is left alone
+UPLOAD_SECONDS = 60.0  # a server may store a large file before it answers
+FINISH_SECONDS = 60.0  # for all that is unsent at the end, as long as the store answers
+KILL_SECONDS = 3.0  # the same where the run is killed
+
+# limits of MLflow's requests
+MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 250, 6000, 8000, 36
+MAX_PARAMS, MAX_TAGS, MAX_METRICS = 100, 100, 1000
+
+ALLOWED_URIS = (
+    "sqlite:///FILE in a folder that exists and can be written, the address of a running MLflow server "
+    "(http://HOST:PORT), or a database as SQLAlchemy names it (postgresql, mysql, mssql)"
+)
+
+
+class Request(NamedTuple):
+    what: str
+    send: Callable[[], object]
+    upload: bool  # of a file, which may take long
+
+
+class MLflow:
+    """Tracking in an MLflow store.
+
+    Args:
+        uri: where the store is: `sqlite:///FILE`, another database or the address of a server.
+        experiment: name of the experiment; created if absent.
+        checkpoints: whether the trainer logs its checkpoints as artifacts.
+    """
+
+    def __init__(self, uri: str, experiment: str, checkpoints: bool = True) -> None:
+        self.uri = uri
+        self.experiment = experiment
+        self.checkpoints = checkpoints
+        self.run_id = ""
+        self._client: mlflow.tracking.MlflowClient
+        self._experiment_id = ""
+        self._unsent: deque[Request] = deque()
+        self._away = False
+        self._retry_at = 0.0
+
+    def open(self) -> None:
+        """Reach the store; create its tables and the experiment if they are absent.
+
+        Raises:
+            ConfigError: the store cannot be opened; within 10 s, where MLflow itself tries for minutes.
+        """
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # the store is told, nobody else
+        from mlflow.tracking import MlflowClient
+
+        # migrations and single failures; what matters is told here, once
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+        try:
+            if not self.uri:
+                raise ValueError("it is empty")
+            if self.uri.startswith("sqlite:"):
+                self._open_sqlite()
+            elif re.match("postgresql|mysql|mssql", self.uri):
+                _within(OPEN_SECONDS, partial(_connect, self.uri))
+                self._client = MlflowClient(self.uri)
+                self._ensure_experiment()
+            else:
+                self._client = MlflowClient(self.uri)
+                _within(OPEN_SECONDS, self._ensure_experiment)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise self._cannot_open(error) from error
+
+    def _open_sqlite(self) -> None:
+        from filelock import FileLock
+        from mlflow.tracking import MlflowClient
+        from sqlalchemy.engine import make_url
+
+        url = make_url(self.uri)
+        if url.database in (None, "", ":memory:"):
+            raise ValueError("it would be gone with the run")
+        file = Path(str(url.database)).absolute()
+        # MLflow creates a missing folder, and tries for minutes to open a file that cannot be opened.
+        with closing(sqlite3.connect(file, timeout=OPEN_SECONDS)) as connection:
+            connection.execute("PRAGMA schema_version")
+        for place in (file, file.parent):  # SQLite's journal stands beside the file
+            if not os.access(place, os.W_OK):
+                raise PermissionError(f"{place} cannot be written")
+        with FileLock(f"{file}.lock"):  # MLflow creates tables in a race where processes open a new store
+            self._client = MlflowClient(url.set(database=str(file)).render_as_string())
+            # where an `mlflow server` that is started beside the file keeps artifacts too
+            self._ensure_experiment((file.parent / "mlartifacts").as_uri())
+
+    def _ensure_experiment(self, artifacts: str | None = None) -> None:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(self.experiment)
+        if experiment is None:
+            try:
+                self._client.create_experiment(self.experiment, artifact_location=artifacts)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was quicker
+                    raise
+            experiment = self._client.get_experiment_by_name(self.experiment)
+        assert experiment is not None
+        if experiment.lifecycle_stage == "deleted":
+            raise ConfigError(
+                f"tracking.experiment={self.experiment}: this experiment was deleted in {self.uri}. "
+                f"Choose another name, or `mlflow experiments restore -x {experiment.experiment_id}`."
+            )
+        self._experiment_id = experiment.experiment_id
+
+    def _cannot_open(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"tracking.uri={self.uri}: this store cannot be opened ({_first_line(error)}). "
+            f"It must be {ALLOWED_URIS}. It comes from MLFLOW_TRACKING_URI where that is set; "
+            "tracking=none trains without MLflow."
+        )
+
+    def start(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        config_yaml: str,
+        command: str,
+        run_id: str | None = None,
+    ) -> str:
+        """Begin a run, or go on with the run `run_id`.
+
+        Args:
+            name: what the run is called in MLflow.
+            params: the configuration as plain data, nested or flat; a param is named like its override.
+            tags: beside those that say who runs which code where.
+            config_yaml: the resolved configuration, kept as `config.yaml`.
+            command: the command line, kept as the tag `command` and in `command.txt`.
+            run_id: a run of this store that goes on. MLflow lets no param change: one with another
+                value than before becomes a tag, `resumed.trainer.epochs`.
+
+        Returns:
+            The run's ID.
+
+        Raises:
+            ConfigError: the store does not answer any more, or has no run `run_id`.
+        """
+        flat = flatten(params)
+        tags = _tags({**source_tags(), **tags, "command": command})
+        if run_id is None:
+            self.run_id = self._create_run(name, tags)
+            self._log_params(flat)
+        else:
+            self.run_id = run_id
+            logged = self._reopen_run()
+            self._log_params({key: value for key, value in flat.items() if key not in logged})
+            changed = {key: value for key, value in flat.items() if logged.get(key, value) != value}
+            self.set_tags({**tags, **{f"resumed.{key}": value for key, value in changed.items()}})
+        for file, text in (("config.yaml", config_yaml), ("command.txt", command + "\n")):
+            self._send(file, partial(self._client.log_text, self.run_id, text, file), upload=True)
+        return self.run_id
+
+    def _create_run(self, name: str, tags: dict[str, str]) -> str:
+        create = partial(self._client.create_run, self._experiment_id, run_name=name, tags=tags)
+        try:
+            return self._call(OPEN_SECONDS, create).info.run_id
+        except Exception as error:
+            raise self._cannot_open(error) from error
+
+    def _reopen_run(self) -> dict[str, str]:
+        try:
+            run = self._call(OPEN_SECONDS, partial(self._client.get_run, self.run_id))
+            self._call(OPEN_SECONDS, partial(self._client.update_run, self.run_id, status="RUNNING"))
+        except Exception as error:
+            raise ConfigError(
+                f"MLflow run {self.run_id}: cannot go on in tracking.uri={self.uri} ({_first_line(error)})."
+            ) from error
+        return run.data.params
+
+    def _log_params(self, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        items = [Param(key, value) for key, value in params.items()]
+        for batch in _batches(items, MAX_PARAMS):
+            self._send("params", partial(self._client.log_batch, self.run_id, params=batch))
+
+    def log(self, metrics: Mapping[str, float], epoch: int, timestamp_ms: int | None = None) -> None:
+        """Log one epoch's metrics.
+
+        `timestamp_ms` is in milliseconds since 1970, now if None. MLflow doubles a metric that is sent
+        again with another timestamp, and not one with the same.
+        """
+        from mlflow.entities import Metric
+
+        when = _now() if timestamp_ms is None else timestamp_ms
+        items = [Metric(key, float(value), when, epoch) for key, value in metrics.items()]
+        for batch in _batches(items, MAX_METRICS):
+            self._send(f"epoch {epoch}", partial(self._client.log_batch, self.run_id, metrics=batch))
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file to the run's artifacts, there into `folder`. The only call that may wait long."""
+        upload = partial(self._client.log_artifact, self.run_id, str(path), folder)
+        self._send(path.name, upload, upload=True)
+
+    def log_dataset(self, name: str, digest: str, context: str) -> None:
+        """Name the data set in MLflow's own field; `context` says what for: `train`, `val` or `test`."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name, digest[:MAX_DIGEST_LENGTH], source_type="local", source=json.dumps({"uri": name})
+        )
+        used = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+        self._send("data set", partial(self._client.log_inputs, self.run_id, datasets=[used]))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run, or replace them."""
+        from mlflow.entities import RunTag
+
+        items = [RunTag(key, value) for key, value in _tags(tags).items()]
+        for batch in _batches(items, MAX_TAGS):
+            self._send("tags", partial(self._client.log_batch, self.run_id, tags=batch))
+
+    def finish(self, status: str) -> None:
+        """End the run as `FINISHED`, `FAILED` or `KILLED`, after a last attempt to send what is unsent."""
+        end = partial(self._client.set_terminated, self.run_id, status, end_time=_now())
+        self._unsent.append(Request("status", end, upload=False))
+        if status == "KILLED":
+            self._flush(KILL_SECONDS, KILL_SECONDS)
+        else:
+            self._flush(FINISH_SECONDS, OPEN_SECONDS)
+        if self._unsent:
+            missing = ", ".join(dict.fromkeys(request.what for request in self._unsent))
+            logger.warning(
+                "MLflow at %s does not answer: its run %s lacks %s.", self.uri, self.run_id, missing
+            )
+            self._unsent.clear()
+
+    def _send(self, what: str, send: Callable[[], object], upload: bool = False) -> None:
+        """Send a request after those that are unsent, unless the store was found away a moment ago."""
+        self._unsent.append(Request(what, send, upload))
+        if time.monotonic() >= self._retry_at:
+            self._flush(SEND_SECONDS, SEND_SECONDS)
+
+    def _flush(self, patience: float, answer: float) -> None:
+        """Send what is unsent, in order; what the store does not answer stays.
+
+        After `patience` seconds no request is begun, `answer` seconds are waited for one.
+        """
+        end = time.monotonic() + patience
+        while self._unsent and time.monotonic() < end:
+            request = self._unsent[0]
+            try:
+                if self._away or request.upload:  # a store that does not answer gets no time for an upload
+                    self._call(answer, partial(self._client.get_run, self.run_id))
+                self._call(UPLOAD_SECONDS if request.upload else answer, request.send)
+            except Exception as error:
+                if _may_pass(error):
+                    if not self._away:
+                        logger.warning(
+                            "MLflow at %s does not answer (%s). Training goes on; what it lacks is kept, and "
+                            "sent when it answers again.",
+                            self.uri,
+                            _first_line(error),
+                        )
+                    self._away, self._retry_at = True, time.monotonic() + RETRY_SECONDS
+                    return
+                logger.warning("MLflow at %s refuses %s: %s", self.uri, request.what, _first_line(error))
+            if self._away:
+                logger.info("MLflow at %s answers again.", self.uri)
+            self._away = False
+            self._unsent.popleft()
+
+    def _call(self, seconds: float, call: Callable[[], Any]) -> Any:
+        # SQLite itself waits 20 s for a file that others are writing to
+        return call() if self.uri.startswith("sqlite:") else _within(seconds, call)
+
+
+class NoTracking:
+    """The interface of `MLflow`; keeps nothing."""
+
+    checkpoints = False
+    run_id = ""
+
+    def open(self) -> None:
+        """There is nothing to open."""
+
+    def start(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        config_yaml: str,
+        command: str,
+        run_id: str | None = None,
+    ) -> str:
+        """Return an empty run ID."""
+        return self.run_id
+
+    def log(self, metrics: Mapping[str, float], epoch: int, timestamp_ms: int | None = None) -> None:
+        """Keep nothing."""
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Keep nothing."""
+
+    def log_dataset(self, name: str, digest: str, context: str) -> None:
+        """Keep nothing."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Keep nothing."""
+
+    def finish(self, status: str) -> None:
+        """There is nothing to end."""
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, str]:
+    """A nested configuration as MLflow params: named like overrides, values written like overrides.
+
+    >>> flatten({"method": {"peers": 4, "teacher": None}, "milestones": [0.5, 0.75]})
+    {'method.peers': '4', 'method.teacher': 'null', 'milestones': '[0.5,0.75]'}
+    """
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update({_key(f"{key}.{inner}"): text for inner, text in flatten(value).items()})
+        else:
+            text = _override(value)
+            flat[_key(key)] = text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 3] + "..."
+    return flat
+
+
+def _override(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_override(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_override, value)) + "]"
+    return str(value)
+
+
+def source_tags() -> dict[str, str]:
+    """Who runs which code where; in MLflow's own tags, where it has one."""
+    tags = {
+        "mlflow.source.name": Path(sys.argv[0]).name,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
+        "host": socket.gethostname(),
+    }
+    checkout = Path(__file__).resolve().parents[1]
+    commit = git_commit(checkout if (checkout / ".git").exists() else Path.cwd())
+    return {**tags, "mlflow.source.git.commit": commit} if commit else tags
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit checked out in `folder`; None where there is none, or no git."""
+    command = ["git", "-C", str(folder), "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return str(os.getuid())
+
+
+def _tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {_key(key): str(value)[:MAX_TAG_LENGTH] for key, value in tags.items()}
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^\w\-./: ]", "_", str(name))[:MAX_KEY_LENGTH]
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000  # milliseconds
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later: no answer, a server in trouble, a locked database."""
+    from mlflow.exceptions import MlflowException
+    from requests import HTTPError, RequestException
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    elif isinstance(error, HTTPError) and error.response is not None:
+        status = error.response.status_code
+    else:
+        return isinstance(error, RequestException | TimeoutError)
+    return status >= 500 or status == 429
+
+
+def _connect(uri: str) -> None:
+    from sqlalchemy import create_engine
+
+    create_engine(uri).connect().close()
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Call in a thread that is left behind when the time is up: a name look-up knows no timeout."""
+    outcome: list[Any] = []
+    failure: list[Exception] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    with _http_settings(seconds):
+        thread.start()
+        thread.join(seconds)
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return outcome[0]
+
+
+@contextmanager
+def _http_settings(seconds: float) -> Iterator[None]:
+    """MLflow's requests within: one attempt (it makes eight, for minutes), and nothing printed."""
+    settings = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(seconds)),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
