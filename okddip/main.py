@@ -1,0 +1,224 @@
+"""The program: compose the configuration, check it, instantiate its parts, hand them to the task.
+
+Nothing heavy is imported before the configuration is composed, so that --help and a mistyped override answer
+at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
+from hydra.experimental.callback import Callback
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.utils import get_method, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from okddip.errors import ConfigError, check_number
+
+if TYPE_CHECKING:
+    from okddip.data.dataset import Dataset
+    from okddip.methods.base import Method
+    from okddip.models.backbone import Backbone
+    from okddip.models.group import PeerGroup
+    from okddip.tasks import Parts
+
+# In a wheel conf/ and multirun_presets/ travel inside the package; in a checkout they stand beside it.
+PACKAGE = Path(__file__).resolve().parent
+CONFIG_HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
+
+
+class PresetSearchPath(SearchPathPlugin):
+    """Lets Hydra find the config group `multirun_presets`, which stands beside conf/."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("okddip", f"file://{CONFIG_HOME}")
+
+
+class CheckOutputFolder(Callback):
+    """Refuses an output folder that cannot be written before Hydra fails on it with a stack of frames.
+
+    Hydra logs and ignores exceptions of callbacks; this is before any job, so leaving costs no other job.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.check("hydra.run.dir", config)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.check("hydra.sweep.dir", config)
+
+    def check(self, key: str, config: DictConfig) -> None:
+        HydraConfig.instance().set_config(config)  # for ${hydra:...} in the folder's name
+        try:
+            folder = OmegaConf.select(config, key)
+        except OmegaConfBaseException as error:
+            print(f"{key}: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            reason = "" if os.access(folder, os.W_OK) else "no permission"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason:
+            print(
+                f"{key}={folder}: the output folder cannot be written ({reason}). Name another one.",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
+
+
+Plugins.instance().register(PresetSearchPath)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_HOME / "conf"), config_name="config")
+def main(config: DictConfig) -> Any:
+    """Run the task of a composed configuration; returns what the task returns (a sweeper optimizes it)."""
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from None
+    check_number("seed", config.seed, minimum=0, integer=True)
+    return get_method(config.task._target_)(config, build)
+
+
+def build(config: DictConfig) -> Parts:
+    """Instantiate what a configuration describes.
+
+    What can be refused is refused before any data is read.
+
+    Raises:
+        ConfigError: a value that is not allowed, with its key.
+    """
+    import torch
+
+    from okddip import checkpoint
+    from okddip.data.loader import seed_of
+    from okddip.data.options import check_options
+    from okddip.models.group import PeerGroup
+    from okddip.tasks import Parts
+
+    trainer = make("trainer", config.trainer)
+    schedule = make("scheduler", config.scheduler, epochs=trainer.epochs)
+    check_options(config.dataset)
+    make_optimizer = make("optimizer", config.optimizer)
+    check_number("optimizer.lr", config.optimizer.lr, above=0)
+    try:
+        make_optimizer([torch.zeros(1, requires_grad=True)])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"optimizer: {error}. See conf/optimizer and the optimizer's documentation."
+        ) from error
+    make_backbone = partial(make, "model", config.model)
+    with torch.device("meta"):
+        probe = make_backbone(num_classes=2, in_channels=3)
+    torch.manual_seed(seed_of(config.seed, 1))
+    method = make(
+        "method",
+        config.method,
+        feature_dim=probe.feature_dim,
+        trunk_channels=probe.trunk_channels,
+        epochs=trainer.epochs,
+    )
+    tracker = make("tracking", config.tracking)
+    tracker.open()
+    teacher = None
+    if config.method.get("teacher"):
+        path = checkpoint.find("method.teacher", config.method.teacher, config.tracking.get("uri"))
+        teacher = checkpoint.load(path)
+
+    dataset = make("dataset", config.dataset)
+    if min(dataset.image_size) < probe.minimum_size:
+        raise ConfigError(
+            f"model={config.options.model}: takes images of at least {probe.minimum_size} pixels a side, and"
+            f" those of dataset={config.options.dataset} have {'x'.join(map(str, dataset.image_size))}."
+            " Choose another model, or set dataset.image_size where the data set has it."
+        )
+    place = {
+        "device": trainer.device,
+        "memory_format": torch.channels_last if trainer.channels_last else torch.contiguous_format,
+    }
+    torch.manual_seed(seed_of(config.seed, 2))
+    group = PeerGroup(
+        partial(make_backbone, num_classes=len(dataset.classes), in_channels=dataset.channels),
+        peers=method.peers,
+        structure=method.structure,
+        rescale=method.rescale,
+        teacher=None if teacher is None else check_teacher(config, teacher, dataset).to(**place),
+    )
+    group.to(**place)
+    method.to(trainer.device)
+    optimizer = make_optimizer([*group.parameters(), *method.parameters()])
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    return Parts(trainer, tracker, dataset, group, method, optimizer, schedule, folder)
+
+
+def restore(state: dict[str, Any]) -> tuple[PeerGroup, Method]:
+    """The group and the method that a checkpoint holds, on the CPU."""
+    from okddip.models.group import PeerGroup
+
+    config = OmegaConf.create(state["config"])
+    make_backbone = partial(
+        make, "model", config.model, num_classes=len(state["classes"]), in_channels=state["channels"]
+    )
+    probe = make_backbone()
+    method = make(
+        "method",
+        config.method,
+        feature_dim=probe.feature_dim,
+        trunk_channels=probe.trunk_channels,
+        epochs=config.trainer.epochs,
+    )
+    group = PeerGroup(make_backbone, method.peers, method.structure, method.rescale)
+    group.load_state_dict(state["group"])
+    method.load_state_dict(state["method"])
+    return group, method
+
+
+def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -> Backbone:
+    """The trained network of a checkpoint, if it knows the classes of the data set.
+
+    Raises:
+        ConfigError: it was trained on other classes, or on images with other channels.
+    """
+    for what, theirs, ours in (
+        ("classes", state["classes"], list(dataset.classes)),
+        ("image channels", state["channels"], dataset.channels),
+    ):
+        if theirs != ours:
+            raise ConfigError(
+                f"method.teacher={config.method.teacher}: was trained on {what} {theirs},"
+                f" and dataset={config.options.dataset} has {ours}. Name a teacher trained on this data set."
+            )
+    group, method = restore(state)
+    return group.extract(method.kept)
+
+
+def make(key: str, node: DictConfig, **arguments: Any) -> Any:
+    """Instantiate a part of the configuration; our own errors come out as they are, not wrapped by Hydra."""
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def cli() -> None:
+    """The console command."""
+    main()
+
+
+if __name__ == "__main__":
+    cli()

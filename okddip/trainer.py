@@ -1,0 +1,329 @@
+"""The training loop: epochs of steps, evaluations and checkpoints."""
+
+import datetime
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from okddip import checkpoint, metrics
+from okddip.data.dataset import Dataset
+from okddip.data.loader import seed_of
+from okddip.errors import ConfigError, check_choice, check_number
+from okddip.methods.base import Method
+from okddip.models.group import PeerGroup
+from okddip.schedules import Schedule
+from okddip.tracking import MLflow, NoTracking
+
+log = logging.getLogger(__name__)
+
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+# (images [B, C, H, W], labels [B], ramp 0-dim) -> loss 0-dim, sums over the batch
+ForwardStep = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, metrics.Sums]]
+
+
+class Trainer:
+    """Trains a group of peers on one device. Its settings are those of conf/trainer."""
+
+    def __init__(
+        self,
+        *,
+        epochs: int,
+        batch_size: int,
+        eval_batch_size: int,
+        eval_every: int,
+        limit_batches: int | None,
+        device: str,
+        precision: str,
+        channels_last: bool,
+        compile: bool,
+        compile_mode: str,
+        fused: bool,
+        tf32: bool,
+        cudnn_benchmark: bool,
+    ) -> None:
+        """Check the settings and find the device.
+
+        Raises:
+            ConfigError: a value is out of range, or the device is not there.
+        """
+        for key, number in {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "eval_every": eval_every,
+            "limit_batches": 1 if limit_batches is None else limit_batches,
+        }.items():
+            check_number(f"trainer.{key}", number, minimum=1, integer=True)
+        for key, switch in {
+            "channels_last": channels_last,
+            "compile": compile,
+            "fused": fused,
+            "tf32": tf32,
+            "cudnn_benchmark": cudnn_benchmark,
+        }.items():
+            check_choice(f"trainer.{key}", switch, (True, False))
+        check_choice("trainer.precision", precision, ("auto", *PRECISIONS))
+        check_choice("trainer.compile_mode", compile_mode, COMPILE_MODES)
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.eval_every = eval_every
+        self.limit_batches = limit_batches
+        self.device = find_device(device)
+        on_cuda = self.device.type == "cuda"
+        self.precision = ("bf16" if on_cuda else "fp32") if precision == "auto" else precision
+        self.channels_last = channels_last
+        self.compile = compile
+        self.compile_mode = compile_mode
+        self.tf32 = tf32
+        self.cudnn_benchmark = cudnn_benchmark
+
+    def fit(
+        self,
+        *,
+        group: PeerGroup,
+        method: Method,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        dataset: Dataset,
+        tracker: MLflow | NoTracking,
+        folder: Path,
+        seed: int,
+        description: dict[str, Any],
+    ) -> dict[str, dict[str, float]]:
+        """Train for all epochs.
+
+        Args:
+            group, method: on `device` already, in the memory format of the settings.
+            optimizer: over the parameters of both.
+            schedule: factor of the learning rate by epoch.
+            dataset: what to train and evaluate on.
+            tracker: gets the metrics of each epoch.
+            folder: gets checkpoints and `metrics.jsonl`.
+            seed: of permutations, augmentation and dropout.
+            description: goes into each checkpoint.
+
+        Returns:
+            The metrics of the `last` epoch and of the `best`, chosen by the validation set if there is one,
+            else by the test set.
+        """
+        self.set_backend_flags()
+        train_step = self.forward_step(group, method, diversity=False)
+        eval_step = self.forward_step(group, method, diversity=True)
+        loader = dataset.train_loader(self.batch_size, self.device, seed, self.channels_last)
+        eval_loaders = {
+            split: dataset.eval_loader(split, self.eval_batch_size, self.device, self.channels_last)
+            for split in dataset.sizes
+            if split != "train"
+        }
+        judge = "val" if "val" in eval_loaders else "test"
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        base_rates = [parameters["lr"] for parameters in optimizer.param_groups]
+        ramp = torch.ones((), device=self.device)
+        history: dict[str, dict[str, float]] = {}
+        started = time.time()
+
+        for epoch in range(self.epochs):
+            for parameters, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                parameters["lr"] = rate * schedule(epoch)
+            ramp.fill_(method.ramp(epoch))
+            torch.manual_seed(seed_of(seed, epoch))  # dropout draws from the default generator
+
+            results = {
+                "train/lr": optimizer.param_groups[0]["lr"],
+                "train/ramp": method.ramp(epoch),
+            }
+            start = time.perf_counter()
+            batches = self.progress(loader.batches(epoch), len(loader), f"epoch {epoch + 1}/{self.epochs}")
+            sums = self.train_epoch(group, method, train_step, optimizer, scaler, batches, ramp)
+            read = metrics.read(sums, method)  # waits for the device
+            results["train/images_per_second"] = int(sums["images"]) / (time.perf_counter() - start)
+            results |= {f"train/{name}": value for name, value in read.items()}
+            if not math.isfinite(results["train/loss"]):
+                broken = [name for name, value in read.items() if not math.isfinite(value)]
+                raise ConfigError(
+                    f"The loss is not finite in epoch {epoch + 1} ({', '.join(broken)}). A lower optimizer.lr"
+                    " or a scheduler.warmup_epochs may help; the last checkpoint is of the epoch before."
+                )
+
+            is_last = epoch + 1 == self.epochs
+            is_best = False
+            if is_last or (epoch + 1) % self.eval_every == 0:
+                for split, eval_loader in eval_loaders.items():
+                    batches = self.progress(eval_loader.batches(epoch), len(eval_loader), split)
+                    sums = self.evaluate(group, method, eval_step, batches, ramp)
+                    read = metrics.read(sums, method)
+                    results |= {f"{split}/{name}": value for name, value in read.items()}
+                score = f"{judge}/top1"
+                is_best = "best" not in history or results[score] > history["best"][score]
+                if is_best:
+                    history["best"] = {"epoch": epoch, **results}
+                history["last"] = {"epoch": epoch, **results}
+            self.log_epoch(epoch, results, history, judge)
+            tracker.log(results, epoch)
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"epoch": epoch, "time": time.time(), **results}) + "\n")
+            state = {
+                **description,
+                "epoch": epoch,
+                "metrics": results,
+                "history": history,
+                "group": group.state_dict(),
+                "method": method.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
+            checkpoint.save(state, folder, best=is_best)
+            if epoch == 0 and not is_last:
+                log_expected_end(started, self.epochs)
+        return history
+
+    def forward_step(self, group: PeerGroup, method: Method, *, diversity: bool) -> ForwardStep:
+        """The forward pass, the losses and the metrics of one batch, compiled if the settings say so.
+
+        A batch smaller than the first, the last one of an epoch, runs uncompiled rather than being compiled
+        for its size.
+        """
+        dtype = PRECISIONS[self.precision]
+        device = self.device.type
+        auxiliary = method.auxiliary if diversity else None
+
+        def step(images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
+            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+                output = group(images)
+            losses = method(output, labels, ramp)
+            return losses.total, metrics.count(losses, labels, auxiliary)
+
+        if not self.compile:
+            return step
+        compiled = torch.compile(step, mode=self.compile_mode, dynamic=False)
+        full_batch: list[int] = []
+
+        def compiled_step(images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
+            if not full_batch:
+                full_batch.append(len(images))
+            return (compiled if len(images) == full_batch[0] else step)(images, labels, ramp)
+
+        return compiled_step
+
+    def train_epoch(
+        self,
+        group: PeerGroup,
+        method: Method,
+        step: ForwardStep,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        ramp: Tensor,
+    ) -> metrics.Sums:
+        """One pass over the training batches; nothing is read back from the device."""
+        group.train()
+        method.train()
+        sums = None
+        for images, labels in batches:
+            loss, batch_sums = step(images, labels, ramp)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            sums = metrics.accumulate(sums, batch_sums)
+        assert sums is not None
+        return sums
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        group: PeerGroup,
+        method: Method,
+        step: ForwardStep,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        ramp: Tensor,
+    ) -> metrics.Sums:
+        """One pass over the batches of a split; nothing is read back from the device."""
+        group.eval()
+        method.eval()
+        sums = None
+        for images, labels in batches:
+            _, batch_sums = step(images, labels, ramp)
+            sums = metrics.accumulate(sums, batch_sums)
+        assert sums is not None
+        return sums
+
+    def set_backend_flags(self) -> None:
+        """Set what PyTorch keeps for the whole process, so that a run before this one leaves no trace."""
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        fp32 = "tf32" if self.tf32 else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = fp32
+        torch.backends.cudnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
+
+    def progress(
+        self, batches: Iterator[tuple[Tensor, Tensor]], length: int, name: str
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Batches up to the limit; with a progress bar in a terminal."""
+        length = min(length, self.limit_batches or length)
+        return tqdm(islice(batches, length), desc=name, total=length, leave=False, disable=None)
+
+    def log_epoch(
+        self, epoch: int, results: dict[str, float], history: dict[str, dict[str, float]], judge: str
+    ) -> None:
+        fields = [
+            f"epoch {epoch + 1}/{self.epochs}",
+            f"loss {results['train/loss']:.4f}",
+            f"train {results['train/top1']:.2f} %",
+        ]
+        if f"{judge}/top1" in results:
+            best = history["best"]
+            fields.append(
+                f"{judge} {results[f'{judge}/top1']:.2f} %"
+                f" (best {best[f'{judge}/top1']:.2f} % in epoch {best['epoch'] + 1:.0f})"
+            )
+        fields += [f"lr {results['train/lr']:.4g}", f"{results['train/images_per_second']:.0f} images/s"]
+        log.info("  ".join(fields))
+
+
+def find_device(name: str) -> torch.device:
+    """The device a setting names; `auto` is CUDA if there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        log.info("No CUDA device: training on the CPU.")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"trainer.device={name}: must be auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"trainer.device={name}: must be auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"trainer.device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here."
+            " Use trainer.device=cpu or trainer.device=auto."
+        )
+    return device
+
+
+def log_expected_end(started: float, epochs: int) -> None:
+    """Say when the run will end, going by its first epoch."""
+    seconds = (time.time() - started) * (epochs - 1)
+    end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+    log.info(
+        "expected end %s, in %s",
+        end.strftime("%Y-%m-%d %H:%M:%S"),
+        datetime.timedelta(seconds=round(seconds)),
+    )

@@ -1,0 +1,81 @@
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+from okddip.main import CONFIG_HOME, cli, make
+from okddip.methods.base import Method
+
+# the suite's numbers must not depend on a store or a cache that the developer has
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test works in a folder of its own: runs, stores and caches of relative paths go there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OKDDIP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def configured() -> Callable[..., DictConfig]:
+    """Compose the program's configuration with overrides."""
+
+    def configure(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(CONFIG_HOME / "conf"), version_base="1.3"):
+            config = compose("config", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+    return configure
+
+
+@pytest.fixture
+def make_method(configured: Callable[..., DictConfig]) -> Callable[..., Method]:
+    """Build a method from its option file: make_method("okddip", "method.peers=3", feature_dim=16)."""
+
+    def make_one(option: str, *overrides: str, **shape: Any) -> Method:
+        config = configured(f"method={option}", *overrides)
+        return make(
+            "method", config.method, **{"feature_dim": 64, "trunk_channels": 32, "epochs": 300} | shape
+        )
+
+    return make_one
+
+
+class Answer(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def okddip(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Run the program in this process: okddip("method=baseline", "seed=1")."""
+
+    def run(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["okddip", *arguments])
+        code = 0
+        try:
+            cli()
+        except SystemExit as leave:
+            code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        return Answer(code, *capfd.readouterr())
+
+    return run

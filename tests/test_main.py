@@ -1,0 +1,226 @@
+"""The program from its command line."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from conftest import Answer
+
+from okddip import checkpoint
+
+Okddip = Callable[..., Answer]
+REPOSITORY = Path(__file__).parents[1]
+SMALL = ("experiment=quickstart", "trainer.epochs=2", "trainer.limit_batches=3")
+
+
+def test_two_epochs_leave_checkpoints_metrics_and_a_finished_mlflow_run(
+    okddip: Okddip, tmp_path: Path
+) -> None:
+    answer = okddip(*SMALL, "method.peers=3", "hydra.run.dir=run")
+    assert answer.code == 0, answer.err
+    for line in ("3 peers (branch)", "resnet8, 77,754 parameters", "1,438 train, 359 test", "leader *"):
+        assert line in answer.out
+
+    last = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert last["epoch"] == 1
+    assert last["config"]["method"]["peers"] == 3
+    assert checkpoint.load(tmp_path / "run" / "previous.pt")["epoch"] == 0
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [run] = client.search_runs([client.get_experiment_by_name("okddip").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["method.peers"] == "3"
+    assert run.data.params["dataset.source._target_"] == "okddip.data.sources.digits"
+    assert run.data.tags["model"] == "resnet8"
+    for name in (
+        *("train/loss", "train/hard_loss", "train/first_level_loss", "train/second_level_loss"),
+        *("train/lr", "train/ramp", "train/images_per_second", "train/leader/top1", "train/peer1/top5"),
+        *("test/loss", "test/diversity", "test/top1", "test/top5", "test/leader/top1", "test/peer0/top1"),
+        *("test/peer1/top5", "test/mean/top1", "test/ensemble/top1"),
+    ):
+        assert [metric.step for metric in client.get_metric_history(run.info.run_id, name)] == [0, 1], name
+    assert run.data.metrics["test/top1"] == run.data.metrics["test/leader/top1"]
+    assert run.data.metrics["final/top1"] == run.data.metrics["test/top1"]
+    assert run.data.metrics["best/top1"] >= run.data.metrics["final/top1"]
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "last.pt", "best.pt"} <= artifacts
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("method", ["baseline", "okddip"])
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(
+    okddip: Okddip, tmp_path: Path, method: str
+) -> None:
+    weights = []
+    for name, seed in (("first", 3), ("second", 3), ("other", 4)):
+        command = (*SMALL, f"method={method}", "tracking=none", f"seed={seed}", f"hydra.run.dir={name}")
+        if method == "baseline":
+            command = tuple(part for part in command if part != "experiment=quickstart")
+            command += ("dataset=digits", "model=resnet8")
+        assert okddip(*command).code == 0
+        weights.append(checkpoint.load(tmp_path / name / "last.pt")["group"])
+    first, second, other = weights
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_a_validation_split_is_logged_and_chooses_the_best(okddip: Okddip, tmp_path: Path) -> None:
+    answer = okddip(*SMALL, "tracking=none", "dataset.validation=0.1", "hydra.run.dir=run")
+    assert answer.code == 0, answer.err
+    history = checkpoint.load(tmp_path / "run" / "best.pt")["history"]
+    assert "val/top1" in history["best"]
+    assert history["best"]["val/top1"] >= history["last"]["val/top1"]
+
+
+def test_a_failing_run_is_marked_failed(okddip: Okddip, tmp_path: Path) -> None:
+    answer = okddip(*SMALL, "optimizer.lr=1e30")
+    assert answer.code == 1
+    assert "not finite in epoch" in answer.err
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [run] = client.search_runs([client.get_experiment_by_name("okddip").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.peerz=3"], "Key 'peerz' is not in struct"),
+        (["method.peers=1"], "method.peers=1: "),
+        (["method.peers=2"], "method.peers=2: OKDDip takes at least 3"),
+        (["method.peers=four"], "method.peers=four: must be a whole number"),
+        (["method.temperature=0"], "method.temperature=0: must be a number greater than 0"),
+        (["method.temperature=-3"], "method.temperature=-3"),
+        (["method.structure=tree"], "method.structure=tree: must be one of branch, network"),
+        (["trainer.epochs=0"], "trainer.epochs=0: must be a whole number at least 1"),
+        (["trainer.batch_size=-1"], "trainer.batch_size=-1"),
+        (["optimizer.lr=0"], "optimizer.lr=0: must be a number greater than 0"),
+        (["optimizer.momentum=much"], "optimizer: "),
+        (["scheduler.milestones=[225,150]"], "scheduler.milestones=[225, 150]: must ascend"),
+        (["seed=-1"], "seed=-1"),
+        (["name=${nobody}"], "nobody"),
+        (["trainer.precision=fp8"], "trainer.precision=fp8: must be one of auto, fp32, bf16, fp16"),
+        (["method=one", "method.structure=network"], "the gate of ONE looks at the output of a shared trunk"),
+        (["method=cl_ilr", "method.structure=network"], "networks share none"),
+        (["method=kd"], "method.teacher is not set"),
+        (["dataset=image_folder", "dataset.root=nowhere"], "dataset.root=nowhere"),
+        (["tracking=mlflow", "tracking.uri=sqlite:////nowhere/mlflow.db"], "tracking.uri=sqlite:////nowhere"),
+    ],
+)
+def test_bad_input_is_refused_by_name_without_a_stack_of_frames(
+    okddip: Okddip, overrides: list[str], message: str
+) -> None:
+    answer = okddip("tracking=none", *overrides)
+    assert answer.code == 1
+    assert message in answer.err
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none(okddip: Okddip) -> None:
+    answer = okddip("trainer.device=cuda")
+    assert answer.code == 1
+    assert "trainer.device=cuda: PyTorch sees 0 CUDA devices" in answer.err
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(okddip: Okddip, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for overrides in (["hydra.run.dir=file/run"], ["-m", "hydra.sweep.dir=file/sweep", "seed=0,1"]):
+        answer = okddip(*overrides)
+        assert answer.code == 1
+        assert "the output folder cannot be written" in answer.err
+        assert "Traceback" not in answer.err
+
+
+def test_no_distillation_is_a_valid_setting(okddip: Okddip) -> None:
+    answer = okddip(*SMALL, "tracking=none", "method.alpha=0", "method.ramp_epochs=0")
+    assert answer.code == 0, answer.err
+
+
+def test_milestones_and_ramps_past_the_end_are_warned_about(okddip: Okddip) -> None:
+    answer = okddip(*SMALL, "tracking=none", "scheduler.milestones=[1,150]", "method.ramp_epochs=80")
+    assert answer.code == 0, answer.err
+    assert "[150] lie past the last of 2 epochs" in answer.out
+    assert "The ramp of 80 epochs does not end" in answer.out
+
+
+def test_multirun_sweeps_seeds(okddip: Okddip, tmp_path: Path) -> None:
+    answer = okddip("-m", *SMALL, "tracking=none", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert answer.code == 0, answer.err
+    seeds = [checkpoint.load(path)["config"]["seed"] for path in sorted(tmp_path.glob("sweep/*/last.pt"))]
+    assert seeds == [0, 1]
+
+
+def test_nothing_heavy_is_imported_before_the_configuration_is_composed() -> None:
+    probe = (
+        "import sys; sys.argv = ['okddip', '--cfg', 'job'];"
+        "from okddip.main import cli; cli();"
+        "heavy = {'torch', 'mlflow', 'torchvision', 'sklearn', 'numpy'} & set(sys.modules);"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    finished = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=REPOSITORY)
+    assert finished.returncode == 0, finished.stderr
+
+
+USER_METHOD = """
+from okddip.methods.base import Losses, Method, with_ensemble
+from okddip.methods.losses import hard_loss
+
+
+class Mine(Method):
+    def __init__(self, *, weight, **group):
+        super().__init__(**group)
+        self.weight = weight
+
+    def losses(self, output, labels, ramp):
+        hard = hard_loss(output.logits, labels)
+        return Losses(self.weight * hard, {"hard": hard}, with_ensemble(output.logits, self.peers))
+"""
+USER_OPTION = "_target_: mine.Mine\npeers: 2\nstructure: branch\nrescale: false\nweight: 0.5\n"
+
+
+def test_a_users_own_method_runs_from_an_installed_wheel(tmp_path: Path) -> None:
+    installed = tmp_path / "installed"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"),
+            *("--target", str(installed), str(REPOSITORY)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    (tmp_path / "mine.py").write_text(USER_METHOD)
+    option = tmp_path / "options" / "method" / "mine.yaml"
+    option.parent.mkdir(parents=True)
+    option.write_text(USER_OPTION)
+    command = [
+        *(sys.executable, "-m", "okddip.main", "--config-dir", "options", "method=mine", "dataset=digits"),
+        *(
+            "model=resnet8",
+            "trainer.epochs=1",
+            "trainer.limit_batches=2",
+            "tracking=none",
+            "hydra.run.dir=run",
+        ),
+    ]
+    finished = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{installed}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "2 peers (branch)" in finished.stdout
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["config"]["method"]["_target_"] == "mine.Mine"
+    listed = subprocess.run(
+        [sys.executable, "-m", "okddip.main", "multirun_presets=nope"],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert "quickstart" in listed.stderr
