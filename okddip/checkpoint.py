@@ -79,7 +79,8 @@ def find(key: str, reference: str, tracking_uri: str | None) -> Path:
     except (MlflowException, OSError) as error:
         raise ConfigError(
             f"{key}={reference}: {tracking_uri} has no such run with a checkpoint"
-            f" ({str(error).splitlines()[0]}). Runs with tracking.checkpoints=false have none; name the file instead."
+            f" ({str(error).splitlines()[0]}). Runs with tracking.checkpoints=false have none;"
+            " name the file instead."
         ) from error
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --he
 logger = logging.getLogger(__name__)
 
 OPEN_SECONDS = 6.0  # until a store that does not answer is given up
+LOCK_SECONDS = 120.0  # for other processes of a sweep that open the same file; seconds each
 SEND_SECONDS = 0.8  # what an epoch waits for one answer; at most two are waited for
 RETRY_SECONDS = 10.0  # how long a store that does not answer is left alone
 UPLOAD_SECONDS = 60.0  # a server may store a large file before it answers
@@ -117,7 +118,8 @@ class MLflow:
         for place in (file, file.parent):  # SQLite's journal stands beside the file
             if not os.access(place, os.W_OK):
                 raise PermissionError(f"{place} cannot be written")
-        with FileLock(f"{file}.lock"):  # MLflow creates tables in a race where processes open a new store
+        # Processes that open a new store at once would create its tables in a race.
+        with FileLock(f"{file}.lock", timeout=LOCK_SECONDS):
             self._client = MlflowClient(url.set(database=str(file)).render_as_string())
             # where an `mlflow server` that is started beside the file keeps artifacts too
             self._ensure_experiment((file.parent / "mlartifacts").as_uri())
