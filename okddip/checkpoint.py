@@ -1,53 +1,104 @@
 """What a run needs to go on, and what it leaves behind: written whole or not at all."""
 
+import logging
 import os
 import pickle
-import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from okddip.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# what damaged files make of zipfile and torch.load
+UNREADABLE = (
+    *(OSError, RuntimeError, EOFError, ValueError, KeyError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, UnicodeDecodeError),
+)
 
 
 def save(state: dict[str, Any], folder: Path, *, best: bool) -> None:
     """Write `last.pt`; the one before it becomes `previous.pt`, and the best so far is linked as `best.pt`.
 
     At every moment `last.pt` is a whole checkpoint, whatever happens to the process.
+
+    Raises:
+        ConfigError: the file cannot be written (a full disk, say); what was there is as before.
     """
     last = folder / "last.pt"
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink()
+    try:
+        write(last.with_suffix(".new"), lambda file: torch.save(state, file))
+        if last.exists():
+            link(last, folder / "previous.pt")
+        last.with_suffix(".new").replace(last)
+        if best:
+            link(last, folder / "best.pt")
+    except BaseException as error:
+        last.with_suffix(".new").unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):
             raise
-    if last.exists():
-        link(last, folder / "previous.pt")
-    temporary.replace(last)
-    if best:
-        link(last, folder / "best.pt")
+        raise ConfigError(
+            f"{last}: the checkpoint cannot be written ({str(error).splitlines()[0]}). The one before is"
+            " whole; make room and go on with trainer.resume=auto."
+        ) from error
+
+
+def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Fill a file and see it onto the disk."""
+    with path.open("wb") as file:
+        fill(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    temporary = path.with_name(path.name + ".new")
+    write(temporary, lambda file: file.write(text.encode()))
+    temporary.replace(path)
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Only tensors and plain data are unpickled.
 
+    A checkpoint is a zip archive, which carries a checksum of each of its parts; torch.load does not look.
+
     Raises:
         ConfigError: the file is no whole checkpoint of this program.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})."
-        ) from error
+    except UNREADABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{path}: cannot be read as a checkpoint ({reason}).") from error
     if not isinstance(state, dict) or "group" not in state or "config" not in state:
         raise ConfigError(f"{path}: is no checkpoint of this program.")
     return state
+
+
+def load_or_previous(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, or `previous.pt` beside it where it is damaged.
+
+    Raises:
+        ConfigError: neither is whole.
+    """
+    try:
+        return load(path)
+    except ConfigError as error:
+        previous = path.with_name("previous.pt")
+        if path.name != "last.pt" or not previous.exists():
+            raise
+        log.warning("%s Taking %s, of the epoch before.", error, previous)
+        return load(previous)
 
 
 def find(key: str, reference: str, tracking_uri: str | None) -> Path:

@@ -157,8 +157,7 @@ def build(config: DictConfig) -> Parts:
     group.to(**place)
     method.to(trainer.device)
     optimizer = make_optimizer([*group.parameters(), *method.parameters()])
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    return Parts(trainer, tracker, dataset, group, method, optimizer, schedule, folder)
+    return Parts(trainer, tracker, dataset, group, method, optimizer, schedule)
 
 
 def restore(state: dict[str, Any]) -> tuple[PeerGroup, Method]:

@@ -16,21 +16,25 @@ def count(losses: Losses, labels: Tensor, auxiliary: int | None = None) -> Sums:
     Args:
         losses: of the batch; predictions [Q, B, K].
         labels: [B].
-        auxiliary: measure diversity among the first so many predictors; None: leave it out.
+        auxiliary: for evaluations; `diversity` of the first so many predictors, and the method's means.
 
     Returns:
-        0-dim sums, `top1` and `top5` [Q].
+        0-dim sums, `top1` and `top5` [Q]; `broken` [losses], in how many batches each loss, in the order of
+        the names that end in `loss`, was not finite.
     """
     batch, classes = losses.predictions.shape[1:]
     ranked = losses.predictions.topk(min(5, classes)).indices  # [Q, B, 5], best first
     hits = ranked == labels[:, None]  # [Q, B, 5]
     sums = {"images": labels.new_full((), batch), "loss": losses.total * batch}
     sums |= {f"{name}_loss": part * batch for name, part in losses.parts.items()}
+    sums["broken"] = torch.stack([losses.total, *losses.parts.values()]).isfinite().logical_not().long()
     sums["top1"] = hits[..., 0].sum(1)
     if classes >= 5:
         sums["top5"] = hits.sum((1, 2))
-    if auxiliary is not None and auxiliary > 1:
-        sums["diversity"] = diversity(losses.predictions[:auxiliary]) * batch
+    if auxiliary is not None:
+        sums |= {name: value * batch for name, value in losses.means.items()}
+        if auxiliary > 1:
+            sums["diversity"] = diversity(losses.predictions[:auxiliary]) * batch
     return {name: value.detach() for name, value in sums.items()}
 
 
@@ -67,10 +71,11 @@ def read(sums: Sums, method: Method) -> dict[str, float]:
     """
     values: dict[str, Any] = {name: value.tolist() for name, value in sums.items()}
     images: int = values.pop("images")
+    del values["broken"]
     metrics: dict[str, float] = {}
     for name, value in values.items():
         if name not in ("top1", "top5"):
-            metrics[name] = value / images
+            metrics |= {key: entry / images for key, entry in entries(name, value)}
             continue
         accuracies = [100 * hits / images for hits in value]
         by_predictor = dict(zip(method.predictors, accuracies, strict=True))
@@ -79,3 +84,24 @@ def read(sums: Sums, method: Method) -> dict[str, float]:
         metrics[name] = by_predictor[method.primary]
         metrics |= {f"{predictor}/{name}": accuracy for predictor, accuracy in by_predictor.items()}
     return metrics
+
+
+def entries(name: str, value: float | list[list[float]]) -> list[tuple[str, float]]:
+    """A number under its name; the entries of a matrix under NAME/ROW/COLUMN."""
+    if isinstance(value, float | int):
+        return [(name, value)]
+    return [
+        (f"{name}/{row}/{column}", entry)
+        for row, numbers in enumerate(value)
+        for column, entry in enumerate(numbers)
+    ]
+
+
+def broken_losses(sums: Sums) -> list[str]:
+    """Names of the losses that were first to be not finite, none if all are. Reads from the device.
+
+    The step after a loss is not finite neither is any other, so the first are those broken most often.
+    """
+    counts = sums["broken"].tolist()
+    names = [name for name in sums if name.endswith("loss")]
+    return [name for name, times in zip(names, counts, strict=True) if times and times == max(counts)]

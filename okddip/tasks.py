@@ -2,17 +2,22 @@
 
 import logging
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 
 import okddip
-from okddip import tracking
+from okddip import resume, tracking
 from okddip.data.dataset import Dataset
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
@@ -20,6 +25,8 @@ from okddip.schedules import Schedule
 from okddip.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
@@ -33,11 +40,10 @@ class Parts:
     method: Method
     optimizer: Optimizer
     schedule: Schedule
-    folder: Path  # of the run
 
 
 def train(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
-    """Train a group of peers, evaluate, checkpoint and log it.
+    """Train a group of peers, evaluate, checkpoint and log it; or go on with a run that was cut off.
 
     Args:
         config: resolved.
@@ -46,54 +52,102 @@ def train(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
     Returns:
         Top-1 of the primary predictor after the last epoch, in percent.
     """
-    parts = build(config)
-    settings = cast(dict[str, Any], OmegaConf.to_container(config))
-    describe(config, parts)
-    parts.tracker.start(
-        name=config.name,
-        params=settings,
-        tags={
-            **{name: str(option) for name, option in config.options.items()},
-            "peers": str(parts.method.peers),
-            "structure": parts.method.structure,
-            "seed": str(config.seed),
-            "device": str(parts.trainer.device),
-        },
-        config_yaml=OmegaConf.to_yaml(config),
-        command=shlex.join(["okddip", *sys.argv[1:]]),
-    )
-    try:
-        history = parts.trainer.fit(
-            group=parts.group,
-            method=parts.method,
-            optimizer=parts.optimizer,
-            schedule=parts.schedule,
-            dataset=parts.dataset,
-            tracker=parts.tracker,
-            folder=parts.folder,
-            seed=config.seed,
-            description={
-                "version": okddip.__version__,
-                "config": settings,
-                "classes": list(parts.dataset.classes),
-                "channels": parts.dataset.channels,
+    run = resume.begin(config, Path(HydraConfig.get().runtime.output_dir))
+    with run.lock, stop_on_signals():
+        parts = build(config)
+        settings = cast(dict[str, Any], OmegaConf.to_container(config))
+        describe(config, parts, run)
+        tracking_id = parts.tracker.start(
+            name=config.name,
+            params=settings,
+            tags={
+                **{name: str(option) for name, option in config.options.items()},
+                "peers": str(parts.method.peers),
+                "structure": parts.method.structure,
+                "seed": str(config.seed),
+                "device": str(parts.trainer.device),
+                "identity": resume.identity(config),
+                "folder": str(run.folder),
             },
+            config_yaml=OmegaConf.to_yaml(config),
+            command=shlex.join(["okddip", *sys.argv[1:]]),
+            run_id=run.tracking_id,
         )
-    except BaseException as error:
-        parts.tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
-        raise
-    last, best = history["last"], history["best"]
-    summary = {"final/top1": last["test/top1"], "best/top1": best["test/top1"], "best/epoch": best["epoch"]}
-    parts.tracker.log(summary, int(last["epoch"]))
-    if config.tracking.get("checkpoints"):
-        for name in ("last.pt", "best.pt"):
-            parts.tracker.log_artifact(parts.folder / name)
-    parts.tracker.finish("FINISHED")
+        resume.note(run, tracking_id=tracking_id)
+        try:
+            for epoch, timestamp_ms, results in resume.finished_epochs(run.folder):
+                parts.tracker.log(results, epoch, timestamp_ms)
+            history = parts.trainer.fit(
+                group=parts.group,
+                method=parts.method,
+                optimizer=parts.optimizer,
+                schedule=parts.schedule,
+                dataset=parts.dataset,
+                tracker=parts.tracker,
+                folder=run.folder,
+                seed=config.seed,
+                description={
+                    "version": okddip.__version__,
+                    "config": settings,
+                    "classes": list(parts.dataset.classes),
+                    "channels": parts.dataset.channels,
+                    "image_size": list(parts.dataset.image_size),
+                    "mean": list(parts.dataset.mean),
+                    "std": list(parts.dataset.std),
+                },
+                state=run.state,
+            )
+            last, best = history["last"], history["best"]
+            summary = {
+                "final/top1": last["test/top1"],
+                "best/top1": best["test/top1"],
+                "best/epoch": best["epoch"],
+            }
+            *_, (epoch, timestamp_ms, _) = resume.finished_epochs(run.folder)
+            parts.tracker.log(summary, epoch, timestamp_ms)
+            if parts.tracker.checkpoints:
+                for name in ("last.pt", "best.pt"):
+                    parts.tracker.log_artifact(run.folder / name)
+        except Exception:
+            parts.tracker.finish("FAILED")
+            raise
+        except BaseException:
+            parts.tracker.finish("KILLED")
+            log.info("Stopped. Go on with: %s", resume.command())
+            raise
+        parts.tracker.finish("FINISHED")
     log_table(history, parts.method)
     return last["test/top1"]
 
 
-def describe(config: DictConfig, parts: Parts) -> None:
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Let SIGTERM, SIGINT and the signals that Slurm sends ahead of a time limit end the run properly.
+
+    They raise SystemExit, which no `except Exception` on the way holds up, with the exit code that shells
+    give to signals. Where a launcher has a handler of its own (submitit requeues the job), that one decides
+    how the process ends.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # one is enough: what follows takes seconds
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in before.items():
+            if handler in defaults:
+                signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
     """Say what the run is, before it begins."""
     method, group, dataset, trainer = parts.method, parts.group, parts.dataset, parts.trainer
     plain = sum(parameter.numel() for parameter in group.extract(0).parameters())
@@ -107,12 +161,12 @@ def describe(config: DictConfig, parts: Parts) -> None:
         "model      %s, %s parameters; trained together %s\n"
         "data set   %s, %s images of %dx%dx%d, %d classes\n"
         "device     %s, %s%s\n"
-        "folder     %s",
+        "folder     %s%s",
         *(config.options.method, peers),
         *(config.options.model, f"{plain:,}", f"{trained:,}"),
         *(config.options.dataset, sizes, dataset.channels, height, width, len(dataset.classes)),
         *(trainer.device, trainer.precision, compiled),
-        parts.folder,
+        *(run.folder, f"; goes on after epoch {run.state['epoch'] + 1}" if run.state else ""),
     )
 
 

@@ -3,7 +3,6 @@
 import datetime
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -29,6 +28,9 @@ log = logging.getLogger(__name__)
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
+# A loss that is not finite stops the run, but not by a wait for the device in each step.
+STEPS_BETWEEN_CHECKS = 50
+
 # (images [B, C, H, W], labels [B], ramp 0-dim) -> loss 0-dim, sums over the batch
 ForwardStep = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, metrics.Sums]]
 
@@ -52,8 +54,10 @@ class Trainer:
         fused: bool,
         tf32: bool,
         cudnn_benchmark: bool,
+        gradient_clip: float | None,
+        resume: str | None,
     ) -> None:
-        """Check the settings and find the device.
+        """Check the settings and find the device. (`resume` is the affair of `okddip.resume`.)
 
         Raises:
             ConfigError: a value is out of range, or the device is not there.
@@ -74,6 +78,10 @@ class Trainer:
             "cudnn_benchmark": cudnn_benchmark,
         }.items():
             check_choice(f"trainer.{key}", switch, (True, False))
+        if gradient_clip is not None:
+            check_number("trainer.gradient_clip", gradient_clip, above=0)
+        if resume is not None and not (isinstance(resume, str) and resume):
+            raise ConfigError(f"trainer.resume={resume}: must be null, auto, a path or runs:/ID.")
         check_choice("trainer.precision", precision, ("auto", *PRECISIONS))
         check_choice("trainer.compile_mode", compile_mode, COMPILE_MODES)
         self.epochs = epochs
@@ -89,6 +97,7 @@ class Trainer:
         self.compile_mode = compile_mode
         self.tf32 = tf32
         self.cudnn_benchmark = cudnn_benchmark
+        self.gradient_clip = gradient_clip
 
     def fit(
         self,
@@ -102,8 +111,9 @@ class Trainer:
         folder: Path,
         seed: int,
         description: dict[str, Any],
+        state: dict[str, Any] | None = None,
     ) -> dict[str, dict[str, float]]:
-        """Train for all epochs.
+        """Train for all epochs, or all that are left.
 
         Args:
             group, method: on `device` already, in the memory format of the settings.
@@ -114,10 +124,14 @@ class Trainer:
             folder: gets checkpoints and `metrics.jsonl`.
             seed: of permutations, augmentation and dropout.
             description: goes into each checkpoint.
+            state: the checkpoint of the run's last finished epoch, to go on from.
 
         Returns:
             The metrics of the `last` epoch and of the `best`, chosen by the validation set if there is one,
             else by the test set.
+
+        Raises:
+            ConfigError: a loss is not finite, or a file cannot be written.
         """
         self.set_backend_flags()
         train_step = self.forward_step(group, method, diversity=False)
@@ -133,13 +147,21 @@ class Trainer:
         base_rates = [parameters["lr"] for parameters in optimizer.param_groups]
         ramp = torch.ones((), device=self.device)
         history: dict[str, dict[str, float]] = {}
+        first_epoch = 0
+        if state is not None:
+            group.load_state_dict(state["group"])
+            method.load_state_dict(state["method"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            history = state["history"]
+            first_epoch = state["epoch"] + 1
         started = time.time()
 
-        for epoch in range(self.epochs):
+        for epoch in range(first_epoch, self.epochs):
             for parameters, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 parameters["lr"] = rate * schedule(epoch)
             ramp.fill_(method.ramp(epoch))
-            torch.manual_seed(seed_of(seed, epoch))  # dropout draws from the default generator
+            torch.manual_seed(seed_of(seed, epoch, 0, 1))  # dropout draws from the default generator
 
             results = {
                 "train/lr": optimizer.param_groups[0]["lr"],
@@ -147,16 +169,10 @@ class Trainer:
             }
             start = time.perf_counter()
             batches = self.progress(loader.batches(epoch), len(loader), f"epoch {epoch + 1}/{self.epochs}")
-            sums = self.train_epoch(group, method, train_step, optimizer, scaler, batches, ramp)
+            sums = self.train_epoch(group, method, train_step, optimizer, scaler, batches, ramp, epoch)
             read = metrics.read(sums, method)  # waits for the device
             results["train/images_per_second"] = int(sums["images"]) / (time.perf_counter() - start)
             results |= {f"train/{name}": value for name, value in read.items()}
-            if not math.isfinite(results["train/loss"]):
-                broken = [name for name, value in read.items() if not math.isfinite(value)]
-                raise ConfigError(
-                    f"The loss is not finite in epoch {epoch + 1} ({', '.join(broken)}). A lower optimizer.lr"
-                    " or a scheduler.warmup_epochs may help; the last checkpoint is of the epoch before."
-                )
 
             is_last = epoch + 1 == self.epochs
             is_best = False
@@ -172,9 +188,10 @@ class Trainer:
                     history["best"] = {"epoch": epoch, **results}
                 history["last"] = {"epoch": epoch, **results}
             self.log_epoch(epoch, results, history, judge)
-            tracker.log(results, epoch)
-            with (folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"epoch": epoch, "time": time.time(), **results}) + "\n")
+            # In this order a run cut off anywhere here is resumed with no metric missing or doubled: the
+            # checkpoint decides which epochs are done, and the tracker is told of them from the file.
+            timestamp_ms = time.time_ns() // 1_000_000
+            append_metrics(folder, epoch, timestamp_ms, results)
             state = {
                 **description,
                 "epoch": epoch,
@@ -186,8 +203,9 @@ class Trainer:
                 "scaler": scaler.state_dict(),
             }
             checkpoint.save(state, folder, best=is_best)
-            if epoch == 0 and not is_last:
-                log_expected_end(started, self.epochs)
+            tracker.log(results, epoch, timestamp_ms)
+            if epoch == first_epoch and not is_last:
+                log_expected_end(started, self.epochs - 1 - epoch)
         return history
 
     def forward_step(self, group: PeerGroup, method: Method, *, diversity: bool) -> ForwardStep:
@@ -227,19 +245,44 @@ class Trainer:
         scaler: torch.amp.GradScaler,
         batches: Iterable[tuple[Tensor, Tensor]],
         ramp: Tensor,
+        epoch: int,
     ) -> metrics.Sums:
-        """One pass over the training batches; nothing is read back from the device."""
+        """One pass over the training batches.
+
+        Raises:
+            ConfigError: a loss is not finite.
+        """
         group.train()
         method.train()
         sums = None
-        for images, labels in batches:
-            loss, batch_sums = step(images, labels, ramp)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+        for number, (images, labels) in enumerate(batches, 1):
+            batch_sums = self.train_step(step, optimizer, scaler, images, labels, ramp)
             sums = metrics.accumulate(sums, batch_sums)
+            if number % STEPS_BETWEEN_CHECKS == 0:
+                refuse_broken_losses(sums, epoch)
         assert sums is not None
+        refuse_broken_losses(sums, epoch)
+        return sums
+
+    def train_step(
+        self,
+        step: ForwardStep,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        images: Tensor,
+        labels: Tensor,
+        ramp: Tensor,
+    ) -> metrics.Sums:
+        """One update of all parameters; reads nothing back from the device."""
+        loss, sums = step(images, labels, ramp)
+        scaler.scale(loss).backward()
+        if self.gradient_clip is not None:
+            scaler.unscale_(optimizer)
+            parameters = [p for parameters in optimizer.param_groups for p in parameters["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
         return sums
 
     @torch.no_grad()
@@ -318,9 +361,40 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def refuse_broken_losses(sums: metrics.Sums, epoch: int) -> None:
+    """Stop a run whose losses are not finite; waits for the device.
+
+    Raises:
+        ConfigError: names the losses and the epoch.
+    """
+    if broken := metrics.broken_losses(sums):
+        raise ConfigError(
+            f"Epoch {epoch + 1}: {', '.join(broken)} is not finite. A lower optimizer.lr,"
+            " scheduler.warmup_epochs or trainer.gradient_clip may help. The last checkpoint is of the epoch"
+            " before."
+        )
+
+
+def append_metrics(folder: Path, epoch: int, timestamp_ms: int, results: dict[str, float]) -> None:
+    """Add an epoch's line to `metrics.jsonl`.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps({"epoch": epoch, "timestamp_ms": timestamp_ms, **results}) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}). The last checkpoint is whole; make room and go on"
+            " with trainer.resume=auto."
+        ) from error
+
+
 def log_expected_end(started: float, epochs: int) -> None:
-    """Say when the run will end, going by its first epoch."""
-    seconds = (time.time() - started) * (epochs - 1)
+    """Say when the run will end, going by its first epoch here, when `epochs` are left."""
+    seconds = (time.time() - started) * epochs
     end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
     log.info(
         "expected end %s, in %s",

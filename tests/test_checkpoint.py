@@ -4,15 +4,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import torch
 
 from okddip import checkpoint
+from okddip.errors import ConfigError
 
 
-def state(epoch: int) -> dict:
-    return {"epoch": epoch, "weights": torch.full((1000,), float(epoch))}
+def state(epoch: int) -> dict[str, Any]:
+    return {"config": {}, "epoch": epoch, "group": {"weights": torch.full((1000,), float(epoch))}}
 
 
 def test_the_one_before_is_kept_and_the_best_is_the_same_file(tmp_path: Path) -> None:
@@ -30,9 +33,65 @@ def test_the_one_before_is_kept_and_the_best_is_the_same_file(tmp_path: Path) ->
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
     checkpoint.save(state(0), tmp_path, best=True)
     with pytest.raises(Exception, match="pickle"):
-        checkpoint.save({"epoch": 1, "weights": lambda: None}, tmp_path, best=True)
+        checkpoint.save(state(1) | {"group": lambda: None}, tmp_path, best=True)
     assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named_and_leaves_the_one_before(tmp_path: Path) -> None:
+    checkpoint.save(state(0), tmp_path, best=True)
+    (tmp_path / "last.new").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"last\.pt: the checkpoint cannot be written .*No space left"):
+        checkpoint.save(state(1), tmp_path, best=True)
+    assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 0
+
+
+def test_an_altered_or_truncated_checkpoint_is_refused_by_name_or_reads_the_same(tmp_path: Path) -> None:
+    checkpoint.save(state(3), tmp_path, best=False)
+    path = tmp_path / "last.pt"
+    whole = path.read_bytes()
+    refusals = []
+    random = Random(0)
+    for trial in range(400):
+        if trial % 4 == 0:
+            altered = whole[: random.randrange(len(whole))]
+        else:
+            place = random.randrange(len(whole))
+            altered = whole[:place] + bytes([whole[place] ^ (1 << random.randrange(8))]) + whole[place + 1 :]
+        path.write_bytes(altered)
+        try:
+            read = checkpoint.load(path)
+        except ConfigError as error:
+            refusals.append(str(error))
+        else:
+            assert read["epoch"] == 3
+            assert (read["group"]["weights"] == 3).all()
+    assert len(refusals) > 200
+    assert all(str(path) in refusal for refusal in refusals)
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.save(state(0), tmp_path, best=False)
+    checkpoint.save(state(1), tmp_path, best=False)
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-100])
+    assert checkpoint.load_or_previous(tmp_path / "last.pt")["epoch"] == 0
+    assert "last.pt: cannot be read" in caplog.text
+    assert "previous.pt" in caplog.text
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path("harmed").touch, ())
+
+
+def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path: Path) -> None:
+    torch.save(state(0) | {"epoch": Malicious()}, tmp_path / "last.pt")
+    with pytest.raises(ConfigError, match="cannot be read as a checkpoint"):
+        checkpoint.load(tmp_path / "last.pt")
+    assert not (tmp_path / "harmed").exists()
 
 
 def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
@@ -40,7 +99,8 @@ def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         "import torch\nfrom pathlib import Path\nfrom okddip import checkpoint\n"
         "for epoch in range(10**6):\n"
         "    weights = torch.full((300_000,), float(epoch))\n"
-        "    checkpoint.save({'epoch': epoch, 'weights': weights}, Path('.'), best=True)\n"
+        "    state = {'config': {}, 'epoch': epoch, 'group': {'weights': weights}}\n"
+        "    checkpoint.save(state, Path('.'), best=True)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
     for wait in (0.05, 0.11, 0.17):
@@ -53,4 +113,4 @@ def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         writer.send_signal(signal.SIGKILL)
         writer.wait()
         last = checkpoint.load(tmp_path / "last.pt")
-        assert (last["weights"] == last["epoch"]).all()
+        assert (last["group"]["weights"] == last["epoch"]).all()

@@ -79,7 +79,8 @@ def test_a_validation_split_is_logged_and_chooses_the_best(okddip: Okddip, tmp_p
 def test_a_failing_run_is_marked_failed(okddip: Okddip, tmp_path: Path) -> None:
     answer = okddip(*SMALL, "optimizer.lr=1e30")
     assert answer.code == 1
-    assert "not finite in epoch" in answer.err
+    assert "Epoch 1: loss" in answer.err
+    assert "is not finite" in answer.err
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     [run] = client.search_runs([client.get_experiment_by_name("okddip").experiment_id])
     assert run.info.status == "FAILED"

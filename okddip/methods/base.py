@@ -1,7 +1,8 @@
 """What a method is: it turns the outputs of a group of peers into losses and predictions."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ class Losses(NamedTuple):
     total: Tensor  # 0-dim; what is differentiated
     parts: dict[str, Tensor]  # 0-dim each, unweighted; logged as NAME_loss
     predictions: Tensor  # [Q, B, K], logits of `Method.predictors` in their order
+    means: Mapping[str, Tensor] = MappingProxyType({})  # what else evaluations log; [] or [rows, columns]
 
 
 class Method(nn.Module):

@@ -147,4 +147,5 @@ class OKDDip(Method):
             parts["second_level"] = soft_loss(leader, leader_target, self.temperature, self.loss)
             soft = soft + parts["second_level"]
         total = hard + self.alpha * ramp * soft
-        return Losses(total, parts, with_ensemble(output.logits, self.auxiliary))
+        predictions = with_ensemble(output.logits, self.auxiliary)
+        return Losses(total, parts, predictions, {"attention": attention.mean(0)})
