@@ -16,7 +16,7 @@ import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.utils import get_method, instantiate
@@ -82,12 +82,24 @@ Plugins.instance().register(PresetSearchPath)
 @hydra.main(version_base="1.3", config_path=str(CONFIG_HOME / "conf"), config_name="config")
 def main(config: DictConfig) -> Any:
     """Run the task of a composed configuration; returns what the task returns (a sweeper optimizes it)."""
+    check(config)
+    return get_method(config.task._target_)(config, build)
+
+
+def check(config: DictConfig) -> None:
+    """Resolve the configuration, and check what no part of it checks itself.
+
+    Raises:
+        ConfigError: an interpolation leads nowhere, or a value is not allowed.
+    """
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from None
+    if missing := OmegaConf.missing_keys(config):
+        keys = ", ".join(sorted(missing))
+        raise ConfigError(f"{keys}: not given. Add {sorted(missing)[0]}=... to the command.")
     check_number("seed", config.seed, minimum=0, integer=True)
-    return get_method(config.task._target_)(config, build)
 
 
 def build(config: DictConfig) -> Parts:
@@ -202,16 +214,23 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
 
 
 def make(key: str, node: DictConfig, **arguments: Any) -> Any:
-    """Instantiate a part of the configuration; our own errors come out as they are, not wrapped by Hydra."""
+    """Instantiate a part of the configuration.
+
+    Raises:
+        ConfigError: the part's own, or one that names the group and the options it did not take.
+    """
     try:
         return instantiate(node, **arguments)
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ConfigError):
+    except HydraException as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        options = ", ".join(f"{name}={value}" for name, value in node.items())
+        raise ConfigError(
+            f"{key}: cannot be made ({type(cause).__name__}: {cause}) with {options}. See conf/{key}."
+        ) from error
 
 
 def cli() -> None:

@@ -30,7 +30,7 @@ def multistep(*, milestones: Sequence[float], gamma: float, warmup_epochs: float
         ConfigError: a value is out of range or the milestones do not ascend.
     """
     check_number("scheduler.gamma", gamma, above=0)
-    if isinstance(milestones, (str, float, int)):
+    if isinstance(milestones, str) or not isinstance(milestones, Sequence):
         raise ConfigError(f"scheduler.milestones={milestones}: must be a list, such as [150,225].")
     for milestone in milestones:
         check_number("scheduler.milestones", milestone, above=0)
