@@ -2,14 +2,10 @@
 
 import logging
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
@@ -22,11 +18,10 @@ from okddip.data.dataset import Dataset
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.schedules import Schedule
+from okddip.signals import stop_on_signals, unstopped
 from okddip.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
@@ -57,26 +52,27 @@ def train(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
         parts = build(config)
         settings = cast(dict[str, Any], OmegaConf.to_container(config))
         describe(config, parts, run)
-        tracking_id = parts.tracker.start(
-            name=config.name,
-            params=settings,
-            tags={
-                **{name: str(option) for name, option in config.options.items()},
-                "peers": str(parts.method.peers),
-                "structure": parts.method.structure,
-                "seed": str(config.seed),
-                "device": str(parts.trainer.device),
-                "identity": resume.identity(config),
-                "folder": str(run.folder),
-            },
-            config_yaml=OmegaConf.to_yaml(config),
-            command=shlex.join(["okddip", *sys.argv[1:]]),
-            run_id=run.tracking_id,
-        )
-        resume.note(run, tracking_id=tracking_id)
         try:
-            for epoch, timestamp_ms, results in resume.finished_epochs(run.folder):
-                parts.tracker.log(results, epoch, timestamp_ms)
+            with unstopped():
+                tracking_id = parts.tracker.start(
+                    name=config.name,
+                    params=settings,
+                    tags={
+                        **{name: str(option) for name, option in config.options.items()},
+                        "peers": str(parts.method.peers),
+                        "structure": parts.method.structure,
+                        "seed": str(config.seed),
+                        "device": str(parts.trainer.device),
+                        "identity": resume.identity(config),
+                        "folder": str(run.folder),
+                    },
+                    config_yaml=OmegaConf.to_yaml(config),
+                    command=shlex.join(["okddip", *sys.argv[1:]]),
+                    run_id=run.tracking_id,
+                )
+                resume.note(run, tracking_id=tracking_id)
+                for epoch, timestamp_ms, results in resume.finished_epochs(run.folder):
+                    parts.tracker.log(results, epoch, timestamp_ms)
             history = parts.trainer.fit(
                 group=parts.group,
                 method=parts.method,
@@ -103,48 +99,24 @@ def train(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
                 "best/top1": best["test/top1"],
                 "best/epoch": best["epoch"],
             }
-            *_, (epoch, timestamp_ms, _) = resume.finished_epochs(run.folder)
-            parts.tracker.log(summary, epoch, timestamp_ms)
-            if parts.tracker.checkpoints:
-                for name in ("last.pt", "best.pt"):
-                    parts.tracker.log_artifact(run.folder / name)
+            with unstopped():
+                *_, (epoch, timestamp_ms, _) = resume.finished_epochs(run.folder)
+                parts.tracker.log(summary, epoch, timestamp_ms)
+                if parts.tracker.checkpoints:
+                    for name in ("last.pt", "best.pt"):
+                        parts.tracker.log_artifact(run.folder / name)
         except Exception:
-            parts.tracker.finish("FAILED")
+            if parts.tracker.run_id:
+                parts.tracker.finish("FAILED")
             raise
         except BaseException:
-            parts.tracker.finish("KILLED")
+            if parts.tracker.run_id:
+                parts.tracker.finish("KILLED")
             log.info("Stopped. Go on with: %s", resume.command())
             raise
         parts.tracker.finish("FINISHED")
     log_table(history, parts.method)
     return last["test/top1"]
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Let SIGTERM, SIGINT and the signals that Slurm sends ahead of a time limit end the run properly.
-
-    They raise SystemExit, which no `except Exception` on the way holds up, with the exit code that shells
-    give to signals. Where a launcher has a handler of its own (submitit requeues the job), that one decides
-    how the process ends.
-    """
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    defaults = (signal.SIG_DFL, signal.default_int_handler)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # one is enough: what follows takes seconds
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in before.items():
-            if handler in defaults:
-                signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:

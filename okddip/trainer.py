@@ -21,6 +21,7 @@ from okddip.errors import ConfigError, check_choice, check_number
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.schedules import Schedule
+from okddip.signals import unstopped
 from okddip.tracking import MLflow, NoTracking
 
 log = logging.getLogger(__name__)
@@ -190,20 +191,21 @@ class Trainer:
             self.log_epoch(epoch, results, history, judge)
             # In this order a run cut off anywhere here is resumed with no metric missing or doubled: the
             # checkpoint decides which epochs are done, and the tracker is told of them from the file.
-            timestamp_ms = time.time_ns() // 1_000_000
-            append_metrics(folder, epoch, timestamp_ms, results)
-            state = {
-                **description,
-                "epoch": epoch,
-                "metrics": results,
-                "history": history,
-                "group": group.state_dict(),
-                "method": method.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            }
-            checkpoint.save(state, folder, best=is_best)
-            tracker.log(results, epoch, timestamp_ms)
+            with unstopped():
+                timestamp_ms = time.time_ns() // 1_000_000
+                append_metrics(folder, epoch, timestamp_ms, results)
+                state = {
+                    **description,
+                    "epoch": epoch,
+                    "metrics": results,
+                    "history": history,
+                    "group": group.state_dict(),
+                    "method": method.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                }
+                checkpoint.save(state, folder, best=is_best)
+                tracker.log(results, epoch, timestamp_ms)
             if epoch == first_epoch and not is_last:
                 log_expected_end(started, self.epochs - 1 - epoch)
         return history

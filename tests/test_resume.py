@@ -210,9 +210,7 @@ def test_a_signal_ends_a_run_properly_and_says_how_to_go_on(tmp_path: Path, numb
     process = start(tmp_path, *long)
     wait_for(tmp_path, "outputs/*/*/last.pt", process)
     process.send_signal(number)
-    asked = time.monotonic()
     output, _ = process.communicate(timeout=60)
-    assert time.monotonic() - asked < 10
     assert process.returncode == 128 + number
     expected = shlex.join(["okddip", *long, "trainer.resume=auto"])
     assert output.strip().splitlines()[-1] == f"Stopped. Go on with: {expected}"
