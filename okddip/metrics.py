@@ -53,6 +53,26 @@ def diversity(logits: Tensor) -> Tensor:
     return distances.sum((1, 2)).mean() / (peers * (peers - 1))
 
 
+def calibration_gaps(predictions: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    """Confidence minus accuracy, summed over the samples of a batch in each bin of confidence.
+
+    Summed over a data set, absolute, added over the bins and divided by the number of samples this is the
+    expected calibration error (Guo et al., ICML 2017, equation 3; bins of equal width, open to the left).
+
+    Args:
+        predictions: logits [Q, B, K].
+        labels: [B].
+
+    Returns:
+        [Q, bins] float64.
+    """
+    confidence, answer = predictions.softmax(-1).max(-1)  # [Q, B]
+    edges = torch.linspace(0, 1, bins + 1, device=predictions.device)[1:-1]  # [bins - 1]
+    members = torch.bucketize(confidence, edges)[..., None] == torch.arange(bins, device=edges.device)
+    gaps = confidence.double() - (answer == labels).double()  # [Q, B]
+    return torch.einsum("qb,qbn->qn", gaps, members.double())
+
+
 def accumulate(sums: Sums | None, batch: Sums) -> Sums:
     """Add a batch's sums to the epoch's, in place after the first."""
     if sums is None:

@@ -67,3 +67,19 @@ def test_nothing_that_answers_the_same_to_all_is_called_right() -> None:
 def test_identical_peers_have_no_diversity() -> None:
     logits = torch.randn(1, 16, 10).expand(3, -1, -1)
     assert metrics.diversity(logits).item() == 0
+
+
+def test_calibration_error_is_the_weighted_gap_of_each_bin_of_confidence() -> None:
+    # confidences of 2 predictors for 4 images of 2 classes; labels are all 0
+    first = torch.tensor([[0.55, 0.45], [0.45, 0.55], [0.9, 0.1], [0.95, 0.05]])
+    second = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    labels = torch.zeros(4, dtype=torch.long)
+    predictions = torch.stack([first, second]).clamp_min(1e-30).log()  # [2, 4, 2]
+    halves = [
+        metrics.calibration_gaps(predictions[:, part], labels[part], bins=10)
+        for part in (slice(0, 3), slice(3, 4))
+    ]
+    errors = (halves[0] + halves[1]).abs().sum(1) / 4
+    # first: in (0.5, 0.6] confidence 0.55, accuracy 1/2; 0.9 in (0.8, 0.9] and 0.95 in (0.9, 1] both right
+    # second: confidence 1, accuracy 3/4
+    assert errors.tolist() == pytest.approx([(2 * 0.05 + 0.1 + 0.05) / 4, 0.25], abs=1e-6)

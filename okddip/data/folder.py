@@ -100,31 +100,20 @@ def _stamp(entry: os.DirEntry[str]) -> bytes:
 
 
 def read_image(path: str, channels: int = 3) -> Image.Image:
-    """Read a file as an upright 8-bit image in RGB, or in grey for one channel.
+    """Read a file as an upright 8-bit image in RGB, or in grey for one channel; see `convert`.
 
-    16-bit grey is scaled to 8 bits, transparency is laid on black (as crops are padded with black), palettes
-    and other colour spaces are converted, and a JPEG is turned as its EXIF orientation says. Of an animation
-    the first frame is read.
+    Of an animation the first frame is read.
 
     Raises:
         ConfigError: names the file and says why it cannot be read.
     """
     try:
         with Image.open(path, formats=FORMATS) as file:
-            image: Image.Image = file
             # Pillow itself only warns up to twice its limit
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are too many")
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                raise ValueError("pixels are floating-point numbers, of unknown range")
-            if image.mode.startswith("I"):
-                image = _to_8_bits(image)
-            if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-            return image.convert("RGB" if channels == 3 else "L")
+            if Image.MAX_IMAGE_PIXELS and file.width * file.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{file.width}x{file.height} pixels are too many")
+            file.load()
+            return convert(file, channels)
     except Image.UnidentifiedImageError as error:
         raise ConfigError(
             f"{path}: is no image, or its beginning is damaged (known formats: {', '.join(FORMATS)}); remove "
@@ -134,6 +123,26 @@ def read_image(path: str, channels: int = 3) -> Image.Image:
         Exception
     ) as error:  # damaged files make Pillow's readers raise SyntaxError, struct.error, zlib.error...
         raise ConfigError(f"{path}: cannot be decoded ({error}); remove or replace it.") from error
+
+
+def convert(image: Image.Image, channels: int) -> Image.Image:
+    """An upright 8-bit image in RGB, or in grey for one channel.
+
+    16-bit grey is scaled to 8 bits, transparency is laid on black (as crops are padded with black), palettes
+    and other colour spaces are converted, and a JPEG is turned as its EXIF orientation says.
+
+    Raises:
+        ValueError: the pixels' range is unknown.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers, of unknown range")
+    if image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("RGB" if channels == 3 else "L")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
