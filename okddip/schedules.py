@@ -34,9 +34,10 @@ def multistep(*, milestones: Sequence[float], gamma: float, warmup_epochs: float
         raise ConfigError(f"scheduler.milestones={milestones}: must be a list, such as [150,225].")
     for milestone in milestones:
         check_number("scheduler.milestones", milestone, above=0)
-    steps = [in_epochs(milestone, epochs) for milestone in milestones]
-    if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+    places = [milestone * epochs if milestone < 1 else milestone for milestone in milestones]
+    if any(later <= earlier for earlier, later in itertools.pairwise(places)):
         raise ConfigError(f"scheduler.milestones={list(milestones)}: must ascend.")
+    steps = [in_epochs(milestone, epochs) for milestone in milestones]
     late = [milestone for milestone, step in zip(milestones, steps, strict=True) if step >= epochs]
     if late:
         log.warning(

@@ -19,6 +19,11 @@ def test_milestones_below_one_are_fractions_of_the_run() -> None:
     assert [by_fraction(epoch) for epoch in range(40)] == [by_epoch(epoch) for epoch in range(40)]
 
 
+def test_fractions_of_a_very_short_run_may_fall_together() -> None:
+    factor = multistep(milestones=[0.5, 0.75], gamma=0.1, warmup_epochs=0, epochs=3)
+    assert [factor(epoch) for epoch in range(3)] == pytest.approx([1, 1, 0.01])
+
+
 def test_cosine_falls_from_one_towards_zero() -> None:
     factor = cosine(warmup_epochs=0, epochs=10)
     assert [factor(epoch) for epoch in range(10)] == pytest.approx(
@@ -33,7 +38,7 @@ def test_warmup_rises_in_equal_steps_and_ends_at_the_schedule(warmup: float) -> 
     assert cosine(warmup_epochs=warmup, epochs=20)(4) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("milestones", [[225, 150], [150, 150], [0], [-1], ["soon"], 150, [0.1, 0.11]])
+@pytest.mark.parametrize("milestones", [[225, 150], [150, 150], [0], [-1], ["soon"], 150, [0.75, 0.5], [0.5, 4]])
 def test_milestones_that_do_not_ascend_are_refused(milestones: list[float]) -> None:
     with pytest.raises(ConfigError, match=r"scheduler\.milestones"):
         multistep(milestones=milestones, gamma=0.1, warmup_epochs=0, epochs=10)
