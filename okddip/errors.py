@@ -11,6 +11,10 @@ class ConfigError(CompactHydraException, ValueError):
     """A setting, a file or a folder that cannot be used; the message names it and says what to do."""
 
 
+class Incompatible(ConfigError):
+    """Settings each of which is fine, and which make no sense together: a sweep passes over them."""
+
+
 def check_number(
     key: str,
     value: Any,

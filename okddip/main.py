@@ -23,7 +23,9 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from okddip.errors import ConfigError, check_number
+from okddip import sweep
+from okddip.errors import ConfigError, Incompatible, check_number
+from okddip.usage import usage
 
 if TYPE_CHECKING:
     from okddip.data.dataset import Dataset
@@ -82,8 +84,11 @@ Plugins.instance().register(PresetSearchPath)
 @hydra.main(version_base="1.3", config_path=str(CONFIG_HOME / "conf"), config_name="config")
 def main(config: DictConfig) -> Any:
     """Run the task of a composed configuration; returns what the task returns (a sweeper optimizes it)."""
+    task = partial(get_method(config.task._target_), build=build)
+    if sweep.is_job():
+        return sweep.job(config, check, task)
     check(config)
-    return get_method(config.task._target_)(config, build)
+    return task(config)
 
 
 def check(config: DictConfig) -> None:
@@ -143,13 +148,17 @@ def build(config: DictConfig) -> Parts:
     tracker = make("tracking", config.tracking)
     tracker.open()
     teacher = None
-    if config.method.get("teacher"):
-        path = checkpoint.find("method.teacher", config.method.teacher, config.tracking.get("uri"))
+    if reference := config.method.get("teacher"):
+        if reference == "auto":
+            from okddip.teacher import provide
+
+            reference = provide(config, build)
+        path = checkpoint.find("method.teacher", reference, config.tracking.get("uri"))
         teacher = checkpoint.load(path)
 
     dataset = make("dataset", config.dataset)
     if min(dataset.image_size) < probe.minimum_size:
-        raise ConfigError(
+        raise Incompatible(
             f"model={config.options.model}: takes images of at least {probe.minimum_size} pixels a side, and"
             f" those of dataset={config.options.dataset} have {'x'.join(map(str, dataset.image_size))}."
             " Choose another model, or set dataset.image_size where the data set has it."
@@ -234,8 +243,17 @@ def make(key: str, node: DictConfig, **arguments: Any) -> Any:
 
 
 def cli() -> None:
-    """The console command."""
-    main()
+    """The console command: a run, a sweep or help."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(usage(CONFIG_HOME, sys.argv[1:]))
+        sys.argv[1:] = ["--cfg", "job", *(part for part in sys.argv[1:] if part not in ("--help", "-h"))]
+    try:
+        main()
+    except BaseException as error:
+        sweep.end(error)
+        raise
+    if not sweep.end():
+        sys.exit(1)
 
 
 if __name__ == "__main__":

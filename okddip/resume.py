@@ -19,8 +19,9 @@ from okddip.tracking import flatten
 
 log = logging.getLogger(__name__)
 
-# What may differ between two runs that are the same run: where things are and how they are logged.
-PLACES = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.")
+# What may differ between two runs that are the same run: where things are and how they are logged; and what
+# several methods share, which counts where a method takes it.
+PLACES = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.", "methods.")
 PLACES_OF_DATA = ("root", "cache_dir")
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 
 import okddip
-from okddip import resume, tracking
+from okddip import resume, sweep, tracking
 from okddip.data.dataset import Dataset
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
@@ -37,17 +37,20 @@ class Parts:
     schedule: Schedule
 
 
-def train(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
+def train(
+    config: DictConfig, build: Callable[[DictConfig], Parts], teacher_folder: Path | None = None
+) -> float:
     """Train a group of peers, evaluate, checkpoint and log it; or go on with a run that was cut off.
 
     Args:
         config: resolved.
         build: instantiates the parts of a configuration.
+        teacher_folder: of a teacher that a run trains for itself; a run of its own, and no job of a sweep.
 
     Returns:
         Top-1 of the primary predictor after the last epoch, in percent.
     """
-    run = resume.begin(config, Path(HydraConfig.get().runtime.output_dir))
+    run = resume.begin(config, teacher_folder or Path(HydraConfig.get().runtime.output_dir))
     with run.lock, stop_on_signals():
         parts = build(config)
         settings = cast(dict[str, Any], OmegaConf.to_container(config))
@@ -65,6 +68,7 @@ def train(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
                         "device": str(parts.trainer.device),
                         "identity": resume.identity(config),
                         "folder": str(run.folder),
+                        **({} if teacher_folder else sweep.tags()),
                     },
                     config_yaml=OmegaConf.to_yaml(config),
                     command=shlex.join(["okddip", *sys.argv[1:]]),

@@ -215,6 +215,32 @@ class MLflow:
         for batch in _batches(items, MAX_PARAMS):
             self._send("params", partial(self._client.log_batch, self.run_id, params=batch))
 
+    def find(self, tags: Mapping[str, str]) -> list["mlflow.entities.Run"]:
+        """The experiment's runs that have all these tags, newest first.
+
+        Raises:
+            ConfigError: the store does not answer any more.
+        """
+        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found: list[mlflow.entities.Run] = []
+        page_token: str | None = None
+        while True:
+            search = partial(
+                self._client.search_runs,
+                [self._experiment_id],
+                wanted,
+                order_by=["attributes.start_time DESC"],
+                page_token=page_token,
+            )
+            try:
+                page = self._call(OPEN_SECONDS, search)
+            except Exception as error:
+                raise self._cannot_open(error) from error
+            found += page
+            page_token = page.token
+            if not page_token:
+                return found
+
     def log(self, metrics: Mapping[str, float], epoch: int, timestamp_ms: int | None = None) -> None:
         """Log one epoch's metrics.
 
@@ -326,6 +352,10 @@ class NoTracking:
     ) -> str:
         """Return an empty run ID."""
         return self.run_id
+
+    def find(self, tags: Mapping[str, str]) -> list["mlflow.entities.Run"]:
+        """There are no runs to find."""
+        return []
 
     def log(self, metrics: Mapping[str, float], epoch: int, timestamp_ms: int | None = None) -> None:
         """Keep nothing."""

@@ -57,8 +57,11 @@ class Trainer:
         cudnn_benchmark: bool,
         gradient_clip: float | None,
         resume: str | None,
+        rerun: bool,
     ) -> None:
-        """Check the settings and find the device. (`resume` is the affair of `okddip.resume`.)
+        """Check the settings and find the device.
+
+        (`resume` is the affair of `okddip.resume`, `rerun` of `okddip.sweep`.)
 
         Raises:
             ConfigError: a value is out of range, or the device is not there.
@@ -77,6 +80,7 @@ class Trainer:
             "fused": fused,
             "tf32": tf32,
             "cudnn_benchmark": cudnn_benchmark,
+            "rerun": rerun,
         }.items():
             check_choice(f"trainer.{key}", switch, (True, False))
         if gradient_clip is not None:
@@ -308,6 +312,8 @@ class Trainer:
 
     def set_backend_flags(self) -> None:
         """Set what PyTorch keeps for the whole process, so that a run before this one leaves no trace."""
+        if self.compile:
+            torch.compiler.reset()
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
         fp32 = "tf32" if self.tf32 else "ieee"
         torch.backends.cuda.matmul.fp32_precision = fp32

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from okddip.errors import ConfigError, check_choice, check_number
+from okddip.errors import ConfigError, Incompatible, check_choice, check_number
 from okddip.methods.losses import ramp_weight
 from okddip.models.group import GroupOutput
 
@@ -62,13 +62,17 @@ class Method(nn.Module):
             ConfigError: a value is out of range, or the structure makes no sense for this method.
         """
         super().__init__()
-        check_number("method.peers", peers, minimum=self.fewest_peers, maximum=self.most_peers, integer=True)
+        check_number("method.peers", peers, minimum=1, integer=True)
+        try:
+            check_number("method.peers", peers, minimum=self.fewest_peers, maximum=self.most_peers)
+        except ConfigError as error:
+            raise Incompatible(str(error)) from None
         check_choice("method.structure", structure, ("branch", "network"))
         check_choice("method.rescale", rescale, (True, False))
         if structure in self.refused_structures:
-            raise ConfigError(f"method.structure={structure}: {self.refused_structures[structure]}")
+            raise Incompatible(f"method.structure={structure}: {self.refused_structures[structure]}")
         if rescale and structure == "network":
-            raise ConfigError(
+            raise Incompatible(
                 "method.rescale=true: scales the gradient where a shared trunk ends, and networks share none."
                 " Use method.structure=branch or method.rescale=false."
             )

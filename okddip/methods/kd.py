@@ -21,11 +21,20 @@ class KD(Method):
     most_peers = 1
 
     def __init__(
-        self, *, teacher: str | None, temperature: float, alpha: float, loss: str, **group: Any
+        self,
+        *,
+        teacher: str | None,
+        teacher_model: str | None,
+        temperature: float,
+        alpha: float,
+        loss: str,
+        **group: Any,
     ) -> None:
         """
         Args:
-            teacher: where the trained teacher is; the path of a checkpoint, or `runs:/ID`.
+            teacher: where the trained teacher is; the path of a checkpoint, `runs:/ID`, or `auto`, see
+                `okddip.teacher`.
+            teacher_model: with `auto`, the model that the teacher is.
             temperature: T, softens the predictions of both.
             alpha: weight of the soft loss.
             loss: `kl` or `ce`, see `soft_loss`.
@@ -36,7 +45,13 @@ class KD(Method):
         if not teacher:
             raise ConfigError(
                 "method.teacher is not set: name the checkpoint of a trained network"
-                " (method.teacher=outputs/.../best.pt) or its MLflow run (method.teacher=runs:/ID)."
+                " (method.teacher=outputs/.../best.pt) or its MLflow run (method.teacher=runs:/ID),"
+                " or let one be trained (method.teacher=auto method.teacher_model=resnet110)."
+            )
+        if teacher == "auto" and not teacher_model:
+            raise ConfigError(
+                "method.teacher=auto: takes method.teacher_model, an option of the group `model`,"
+                " such as resnet110."
             )
         self.temperature = temperature
         self.alpha = alpha

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from okddip.errors import ConfigError, check_choice, check_number
+from okddip.errors import Incompatible, check_choice, check_number
 from okddip.methods.base import Losses, Method, Ramp, with_ensemble
 from okddip.methods.losses import check_soft_loss, hard_loss, log_softened, soft_loss
 from okddip.models.group import GroupOutput
@@ -62,7 +62,7 @@ class OKDDip(Method):
             check_choice(f"method.{key}", switch, (True, False))
         super().__init__(**group)
         if leader and self.peers < 3:
-            raise ConfigError(
+            raise Incompatible(
                 f"method.peers={self.peers}: OKDDip takes at least 3, two auxiliary peers and the group"
                 " leader (2 with method.leader=false)."
             )

@@ -1,0 +1,328 @@
+"""Sweeps: one parent run in MLflow, jobs that are not done twice, and what became of each.
+
+A sweep begins in a callback of Hydra and ends in the console command, since Hydra calls no callback at the
+end of a sweep that broke off. Between the two, jobs run in this process, in joblib's or on a cluster: they
+learn of their sweep from the environment, and leave what became of them in a file of their output folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from okddip.errors import ConfigError, Incompatible
+
+if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
+    from mlflow.entities import Run
+
+    from okddip.tracking import MLflow, NoTracking
+
+log = logging.getLogger(__name__)
+
+# reach the jobs under any launcher
+NAME, PARENT_RUN = "OKDDIP_SWEEP", "OKDDIP_PARENT_RUN"
+
+TRAIN = "okddip.tasks.train"
+
+# what a job without a result returns: the worst value, for a sweeper that maximizes
+NO_RESULT = float("-inf")
+
+
+@dataclass
+class Sweep:
+    """The sweep of this process."""
+
+    name: str
+    folder: Path
+    tracker: MLflow | NoTracking | None  # None: jobs that are no training runs have no parent
+
+
+@dataclass
+class Outcome:
+    """What became of a job."""
+
+    job: int
+    overrides: list[str]
+    kind: str  # finished, finished before, skipped, failed, cut off
+    reason: str = ""
+    run_id: str = ""  # of the MLflow run that finished before
+
+
+# Hydra hands nothing from its callbacks to the console command.
+_begun: Sweep | None = None
+
+
+class BeginSweep(Callback):
+    """Opens the parent run. Hydra ignores exceptions of callbacks; leaving is none."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        global _begun
+        try:
+            _begun = begin(config)
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(1) from None
+        except Exception:
+            traceback.print_exc()
+            raise SystemExit(1) from None
+
+
+def begin(config: DictConfig) -> Sweep:
+    """Open the parent run of a sweep, or that of the same sweep when it ran before.
+
+    Args:
+        config: of the sweep, with Hydra's own part; what is swept has its default here.
+
+    Raises:
+        ConfigError: the store cannot be opened.
+    """
+    given = {**(OmegaConf.select(config, "hydra.sweeper.params") or {})}
+    lines = [f"{key}={value}" for key, value in given.items()] + list(config.hydra.overrides.task)
+    overrides: dict[str, str] = {}
+    swept: dict[str, str] = {}
+    for override in OverridesParser.create().parse_overrides(
+        lines
+    ):  # as Hydra's sweepers do: the last counts
+        key, _, value = (override.input_line or "").partition("=")
+        overrides[key] = value
+        swept.pop(key, None)
+        if override.is_sweep_override():
+            swept[key] = value
+    name = config.hydra.runtime.choices.get("multirun_presets") or " x ".join(swept) or "sweep"
+    sweep = Sweep(name, Path(config.hydra.sweep.dir).absolute(), None)
+    if config.task._target_ != TRAIN:
+        return sweep
+
+    # the same sweep, wherever it is started and whatever is told of it
+    from okddip.resume import PLACES, PLACES_OF_DATA
+
+    places = (*PLACES, *(f"dataset.{key}" for key in PLACES_OF_DATA))
+    settings = sorted(
+        f"{key}={value}"
+        for key, value in overrides.items()
+        if not key.lstrip("+").startswith((*places, "tracking"))
+    )
+    identity = hashlib.sha256(json.dumps([name, *settings]).encode()).hexdigest()[:16]
+    tracker = instantiate(config.tracking)
+    tracker.open()
+    same = [] if config.trainer.rerun else tracker.find({"identity": identity, "kind": "sweep"})
+    choices, method = config.hydra.runtime.choices, config.method
+    own = "each method's own"
+    run_id = tracker.start(
+        name=name,
+        params={f"sweep.{key}": values for key, values in swept.items()},
+        tags={
+            "kind": "sweep",
+            "sweep": name,
+            "identity": identity,
+            "folder": str(sweep.folder),
+            **{group: swept.get(group, choices[group]) for group in ("method", "model", "dataset")},
+            "structure": swept.get("method.structure", own if "method" in swept else method.structure),
+            "peers": swept.get("method.peers", own if "method" in swept else str(method.peers)),
+            "seed": swept.get("seed", str(config.seed)),
+        },
+        config_yaml=OmegaConf.to_yaml(
+            OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        ),
+        command=shlex.join(["okddip", *sys.argv[1:]]),
+        run_id=same[0].info.run_id if same else None,
+    )
+    os.environ[NAME], os.environ[PARENT_RUN] = name, run_id
+    sweep.tracker = tracker
+    return sweep
+
+
+def tags() -> dict[str, str]:
+    """What a job's run says of its sweep."""
+    tags = {"sweep": os.environ.get(NAME, ""), "mlflow.parentRunId": os.environ.get(PARENT_RUN, "")}
+    return {key: value for key, value in tags.items() if value}
+
+
+def is_job() -> bool:
+    """Whether what runs is a job of a sweep."""
+    return not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[[DictConfig], Any]) -> Any:
+    """Run a job of a sweep so that, whatever becomes of it, the others run too.
+
+    A training run that is finished is not trained again, one that was cut off goes on.
+
+    Args:
+        config: of the job.
+        check: resolves and checks it.
+        task: what to do.
+
+    Returns:
+        What the task returns; minus infinity if it failed or was skipped.
+    """
+    outcome = Outcome(HydraConfig.get().job.num, list(HydraConfig.get().overrides.task), "finished")
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    value: Any = NO_RESULT
+    try:
+        check(config)
+        if config.task._target_ == TRAIN:
+            with only_one(config):
+                run = None if config.trainer.rerun else finished_run(config)
+                if run is not None:
+                    outcome.kind, outcome.run_id = "finished before", run.info.run_id
+                    value = run.data.metrics["final/top1"]
+                    log.info("%s: finished before, as MLflow run %s.", config.name, run.info.run_id)
+                else:
+                    if config.trainer.resume is None and not config.trainer.rerun:
+                        config.trainer.resume = "auto"
+                    value = task(config)
+        else:
+            value = task(config)
+    except Incompatible as error:
+        outcome.kind, outcome.reason = "skipped", str(error)
+        log.info("Skipped: %s", error)
+    except ConfigError as error:
+        outcome.kind, outcome.reason = "failed", str(error)
+        log.error("%s", error)
+    except Exception as error:
+        outcome.kind, outcome.reason = "failed", f"{type(error).__name__}: {error}"
+        log.exception("Failed:")
+    (folder / "outcome.json").write_text(json.dumps(asdict(outcome), indent=1) + "\n")
+    return value
+
+
+@contextmanager
+def only_one(config: DictConfig) -> Iterator[None]:
+    """Let one process at a time work on a run: two that want the same one do not train it twice."""
+    from okddip.resume import identity
+
+    store = json.dumps([str(Path.cwd()), OmegaConf.to_container(config.tracking, resolve=True)])
+    name = hashlib.sha256(f"{identity(config)} {store}".encode()).hexdigest()[:16]
+    folder = Path(config.dataset.cache_dir).expanduser() / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"dataset.cache_dir={config.dataset.cache_dir}: cannot be written ({error.strerror})."
+            " Name another folder, here or in OKDDIP_CACHE."
+        ) from error
+    lock = FileLock(folder / name)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: another process works on this very run; waiting for it.", config.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def finished_run(config: DictConfig) -> Run | None:
+    """The newest finished MLflow run with this configuration, of the experiment that tracking names.
+
+    Raises:
+        ConfigError: the store cannot be opened.
+    """
+    from okddip.resume import identity
+
+    tracker = instantiate(config.tracking)
+    tracker.open()
+    for run in tracker.find({"identity": identity(config)}):
+        if run.info.status == "FINISHED" and "final/top1" in run.data.metrics:
+            return run
+    return None
+
+
+def end(error: BaseException | None = None) -> bool:
+    """Close and report on the sweep of this process, if there is one.
+
+    Args:
+        error: what the program ends with before its time.
+
+    Returns:
+        Whether nothing failed.
+    """
+    global _begun
+    sweep, _begun = _begun, None
+    os.environ.pop(NAME, None)
+    parent = os.environ.pop(PARENT_RUN, "")
+    if sweep is None:
+        return True
+    outcomes = outcomes_in(sweep.folder)
+    kinds = Counter(outcome.kind for outcome in outcomes)
+    nothing_ran = bool(outcomes) and kinds["skipped"] == len(outcomes)
+    good = error is None and not kinds["failed"] and not kinds["cut off"] and not nothing_ran
+    stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code != 1)
+    if sweep.tracker is not None:
+        if parent and not stopped:
+            report(sweep, parent, [outcome.run_id for outcome in outcomes if outcome.run_id])
+        sweep.tracker.finish("KILLED" if stopped else "FINISHED" if good else "FAILED")
+    jobs = "1 job" if len(outcomes) == 1 else f"{len(outcomes)} jobs"
+    print(
+        f"Sweep {sweep.name}, {jobs}: "
+        + ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        + "."
+    )
+    common = (
+        set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if len(outcomes) > 1 else set()
+    )
+    for kind in ("skipped", "cut off", "failed"):
+        for outcome in outcomes:
+            if outcome.kind == kind:
+                own = " ".join(part for part in outcome.overrides if part not in common)
+                print(f"{kind} #{outcome.job} {own}: {outcome.reason}")
+    if sweep.tracker is not None and not good:
+        print("The same command again does what is missing, and nothing twice.")
+    return good
+
+
+def outcomes_in(folder: Path) -> list[Outcome]:
+    """What became of the jobs of a sweep's folder, in their order."""
+    outcomes = []
+    for hydra in folder.glob("*/.hydra"):
+        path = hydra.parent / "outcome.json"
+        if path.exists():
+            outcomes.append(Outcome(**json.loads(path.read_text())))
+            continue
+        about = OmegaConf.load(hydra / "hydra.yaml").hydra
+        reason = f"its process ended before its time; see {hydra.parent}"
+        outcomes.append(Outcome(about.job.num, list(about.overrides.task), "cut off", reason))
+    return sorted(outcomes, key=lambda outcome: outcome.job)
+
+
+def report(sweep: Sweep, parent: str, finished_before: list[str]) -> None:
+    """Print the table of a sweep's runs, and log tables and figures to its parent run.
+
+    Args:
+        parent: ID of the parent run.
+        finished_before: IDs of the runs that were not trained again; they may be of another sweep.
+    """
+    from okddip.report import make
+    from okddip.report.runs import open_store
+    from okddip.tracking import MLflow
+
+    assert isinstance(sweep.tracker, MLflow)
+    try:
+        client = open_store(sweep.tracker.uri)
+        runs = {run.info.run_id: run for run in sweep.tracker.find({"mlflow.parentRunId": parent})}
+        runs |= {run_id: client.get_run(run_id) for run_id in finished_before if run_id not in runs}
+        folder = make(client, list(runs.values()), sweep.folder / "report", parent)
+        print((folder / "table.txt").read_text())
+        print(f"Tables and figures: {folder}")
+    except Exception as error:  # the runs are whole without it, and `okddip task=report` makes it again
+        log.warning("There is no report on this sweep: %s", error)

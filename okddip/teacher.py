@@ -1,0 +1,78 @@
+"""The teacher of classic distillation, where `method.teacher=auto` leaves it to the program."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from okddip import resume, sweep, tasks
+from okddip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
+
+
+def provide(config: DictConfig, build: Callable[[DictConfig], tasks.Parts]) -> str:
+    """A finished baseline run of `method.teacher_model`, trained now if there is none.
+
+    Data set, seed and training settings are those of the student. Of several processes that want the same
+    teacher one trains it, and the others wait.
+
+    Args:
+        config: of the student's run; resolved.
+        build: instantiates the parts of a configuration.
+
+    Returns:
+        Where its checkpoint is: a folder, or `runs:/ID`.
+
+    Raises:
+        ConfigError: there is no such model, or the teacher's run fails.
+    """
+    teacher = configuration(config)
+    with sweep.only_one(teacher):
+        run = sweep.finished_run(teacher)
+        if run is not None:
+            log.info("teacher    %s, finished as MLflow run %s", teacher.name, run.info.run_id)
+            return where(run)
+        # always the same folder: a teacher that was cut off is found there, with or without a store
+        folder = Path("outputs", teacher.name, resume.identity(teacher)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        log.info("teacher    %s, trained first", teacher.name)
+        tasks.train(teacher, build, folder)
+        return str(resume.newest(teacher, folder))
+
+
+def configuration(config: DictConfig) -> DictConfig:
+    """The configuration of a student's teacher: a baseline with everything else the same.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    model = config.method.teacher_model
+    try:
+        options = compose(HydraConfig.get().job.config_name, ["method=baseline", f"model={model}"])
+    except HydraException as error:
+        raise ConfigError(f"method.teacher_model={model}: {error}") from None
+    teacher = copy.deepcopy(config)
+    for key in ("method", "model"):
+        teacher[key] = OmegaConf.create(OmegaConf.to_container(options[key], resolve=True))
+    teacher.options.method, teacher.options.model = "baseline", model
+    teacher.name = f"baseline-{teacher.method.structure}1-{model}-{config.options.dataset}-seed{config.seed}"
+    teacher.trainer.resume, teacher.trainer.rerun = "auto", False
+    return teacher
+
+
+def where(run: Run) -> str:
+    """The checkpoint of a finished run: its folder if that is on this machine, else the artifact."""
+    folder = Path(run.data.tags.get("folder", ""))
+    return str(folder) if (folder / "last.pt").exists() else f"runs:/{run.info.run_id}"

@@ -1,0 +1,414 @@
+"""Sweeps: jobs under one parent, what becomes of them, and going on with them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from conftest import Answer
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from mlflow.entities import Run
+from omegaconf import DictConfig, OmegaConf
+
+from okddip import checkpoint
+from okddip.main import CONFIG_HOME
+from okddip.trainer import Trainer
+
+Okddip = Callable[..., Answer]
+REPOSITORY = Path(__file__).parents[1]
+SMALL = (
+    "dataset=digits",
+    "model=resnet8",
+    "trainer.epochs=1",
+    "trainer.limit_batches=1",
+    "optimizer.lr=0.02",
+)
+PRESETS = sorted(path.stem for path in (CONFIG_HOME / "multirun_presets").glob("*.yaml"))
+JOBS = {
+    "quickstart": 7 * 2,
+    "methods": 7 * 3,
+    "peer_counts": 6 * 3,
+    "ablations": 11 * 3,
+    "temperature": 6 * 3,
+    "paper_cifar10": 5 * 7 * 3,
+    "paper_cifar100": 5 * 7 * 3,
+    "cifar10_5k": 7 * 3,
+}
+ABLATIONS = sorted(path.stem for path in (CONFIG_HOME / "conf" / "ablation").glob("*.yaml"))
+
+
+def runs(folder: Path, kind: str = "jobs") -> list[Run]:
+    """Runs of the store in a folder, oldest first: the jobs of sweeps, their parents, or others."""
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("okddip")
+    assert experiment is not None
+    found = {
+        "parents": lambda tags: tags.get("kind") == "sweep",
+        "jobs": lambda tags: "mlflow.parentRunId" in tags,
+        "others": lambda tags: "kind" not in tags and "mlflow.parentRunId" not in tags,
+    }[kind]
+    stored = client.search_runs([experiment.experiment_id])
+    return sorted((run for run in stored if found(run.data.tags)), key=lambda run: run.info.start_time)
+
+
+def outcomes(folder: Path) -> list[tuple[int, str]]:
+    read = [json.loads(path.read_text()) for path in folder.glob("*/outcome.json")]
+    return sorted((outcome["job"], outcome["kind"]) for outcome in read)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / "last.pt")["group"]
+
+
+def are_the_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def jobs_of(preset: str, *overrides: str) -> list[list[str]]:
+    """The jobs of a preset with overrides, split as Hydra does it."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_HOME / "conf"), version_base="1.3"):
+        config = compose("config", [f"multirun_presets={preset}"], return_hydra_config=True)
+    assert config.hydra.mode.name == "MULTIRUN"
+    lines = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
+    parsed = OverridesParser.create().parse_overrides([*lines, *overrides])
+    return BasicSweeper.split_arguments(parsed, None)[0]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_a_whole_sweep_whose_jobs_have_names_of_their_own(
+    configured: Callable[..., DictConfig], preset: str
+) -> None:
+    split = jobs_of(preset)
+    assert len(split) == JOBS[preset]
+    names = set()
+    for job in split[:21]:
+        config = configured(f"multirun_presets={preset}", *job)
+        names.add(config.name)
+        if config.options.method == "kd":
+            assert config.method.teacher == "auto"
+    assert len(names) == min(len(split), 21)
+
+
+def test_what_the_command_line_says_replaces_what_a_preset_says() -> None:
+    jobs = jobs_of("methods", "seed=7", "method=okddip,one", "model=resnet20")
+    assert sorted(jobs) == [
+        ["method=okddip", "seed=7", "model=resnet20"],
+        ["method=one", "seed=7", "model=resnet20"],
+    ]
+
+
+@pytest.mark.parametrize("option", [option for option in ABLATIONS if option != "full"])
+def test_an_ablation_changes_one_setting_of_okddip(
+    configured: Callable[..., DictConfig], option: str
+) -> None:
+    def method(*overrides: str) -> dict[str, Any]:
+        resolved = OmegaConf.to_container(configured(*overrides).method, resolve=True)
+        assert isinstance(resolved, dict)
+        return {str(key): value for key, value in resolved.items()}
+
+    full, ablated = method("ablation=full"), method(f"ablation={option}")
+    assert full == method()
+    assert len([key for key in full if full[key] != ablated[key]]) == 1
+    assert full.keys() == ablated.keys()
+
+
+def test_help_shows_groups_once_and_sweeps_with_a_line_each(okddip: Okddip) -> None:
+    answer = okddip("--help", "method=one", "seed=5")
+    assert answer.code == 0
+    assert "  tracking   mlflow none" in answer.out
+    assert "  quickstart      All methods, two seeds" in answer.out
+    assert "conf/" not in answer.out
+    assert "seed: 5" in answer.out
+    for preset in PRESETS:
+        [line] = [line for line in answer.out.splitlines() if line.startswith(f"  {preset} ")]
+        assert len(line) <= 120
+
+
+def test_a_sweep_runs_all_jobs_and_says_what_became_of_them(okddip: Okddip, tmp_path: Path) -> None:
+    command = ("-m", *SMALL, "method.peers=2,3", "optimizer.lr=1e30,0.02", "trainer.epochs=2")
+    answer = okddip(*command, "hydra.sweep.dir=sweep")
+    assert answer.code == 1, answer.err
+    kinds = ["skipped", "failed", "skipped", "finished"]
+    assert outcomes(tmp_path / "sweep") == list(enumerate(kinds))
+    *_, summary, first, second, failed, hint = answer.out.splitlines()
+    assert summary == "Sweep method.peers x optimizer.lr, 4 jobs: 2 skipped, 1 failed, 1 finished."
+    assert first.startswith("skipped #0 optimizer.lr=1e+30 method.peers=2: method.peers=2: OKDDip takes at")
+    assert second.startswith("skipped #2 optimizer.lr=0.02 method.peers=2: ")
+    assert failed.startswith("failed #1 optimizer.lr=1e+30 method.peers=3: Epoch ")
+    assert "The same command again" in hint
+
+    [parent] = runs(tmp_path, "parents")
+    assert parent.info.status == "FAILED"
+    assert parent.info.run_name == "method.peers x optimizer.lr"
+    assert parent.data.params["sweep.method.peers"] == "2,3"
+    assert parent.data.tags.items() >= {
+        *(("method", "okddip"), ("model", "resnet8"), ("dataset", "digits"), ("structure", "branch")),
+        *(("peers", "2,3"), ("seed", "0"), ("sweep", "method.peers x optimizer.lr")),
+    }
+    assert [run.info.status for run in runs(tmp_path)] == ["FAILED", "FINISHED"]
+    for run in runs(tmp_path):
+        assert run.data.tags.items() >= {
+            *(("method", "okddip"), ("model", "resnet8"), ("dataset", "digits"), ("structure", "branch")),
+            *(("peers", "3"), ("seed", "0"), ("sweep", "method.peers x optimizer.lr")),
+            ("mlflow.parentRunId", parent.info.run_id),
+        }
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert [file.path for file in client.list_artifacts(parent.info.run_id) if file.is_dir] == ["report"]
+
+    # again, in another place: what is finished is left alone
+    again = okddip(*command, "hydra.sweep.dir=again")
+    assert again.code == 1
+    assert outcomes(tmp_path / "again")[1:] == [(1, "failed"), (2, "skipped"), (3, "finished before")]
+    assert f"finished before, as MLflow run {runs(tmp_path)[1].info.run_id}" in again.out
+    assert [run.info.run_id for run in runs(tmp_path, "parents")] == [parent.info.run_id]
+    assert len(runs(tmp_path)) == 2
+
+    # unless it is forced
+    forced = okddip(
+        "-m", *SMALL, "method.peers=3", "optimizer.lr=0.02,0.03", "trainer.epochs=2", "trainer.rerun=true"
+    )
+    assert forced.code == 0, forced.err
+    assert len(runs(tmp_path)) == 4
+    assert {run.info.status for run in runs(tmp_path, "parents")} == {"FAILED", "FINISHED"}
+
+
+def test_a_sweep_without_a_sensible_job_fails(okddip: Okddip) -> None:
+    answer = okddip("-m", *SMALL, "tracking=none", "method=one", "method.structure=network", "seed=0,1")
+    assert answer.code == 1
+    assert "2 jobs: 2 skipped" in answer.out
+
+
+def test_a_job_that_is_cut_off_goes_on(
+    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trainer.train_epoch
+
+    def part(self: Trainer, *arguments: Any) -> Any:
+        if arguments[-1] == 1:
+            raise RuntimeError("the power went")
+        return whole(self, *arguments)
+
+    command = ("-m", *SMALL, "method=baseline", "tracking=none", "seed=0,1", "trainer.epochs=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_epoch", part)
+        cut = okddip(*command)
+    assert cut.code == 1
+    assert "failed #1 seed=1: RuntimeError: the power went" in cut.out
+    time.sleep(1)  # the sweep's folder is named by the second
+    answer = okddip(*command)
+    assert answer.code == 0, answer.err
+    assert answer.out.count("goes on after epoch 1") == 2
+
+
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
+def test_a_job_gives_the_weights_that_it_gives_alone(okddip: Okddip, tmp_path: Path, compiled: bool) -> None:
+    common = (
+        *SMALL,
+        "tracking=none",
+        "trainer.epochs=2",
+        "methods.teacher=auto",
+        "methods.teacher_model=resnet14",
+    )
+    common += (f"trainer.compile={compiled}",)
+    alone = [sys.executable, "-m", "okddip.main", *common, "hydra.run.dir=alone"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([*alone, "method=okddip", "seed=1"], check=True, env=environment, capture_output=True)
+    kd = [*alone[:-1], "hydra.run.dir=alone_kd", "method=kd", "seed=1"]
+    subprocess.run(kd, check=True, env=environment, capture_output=True)
+    (tmp_path / "outputs").rename(tmp_path / "the teacher that was trained with it")
+
+    answer = okddip(
+        *("-m", *common, "method=dml,okddip,kd", "seed=1", "hydra.sweep.dir=sweep"),
+        "hydra.sweep.subdir=${options.method}${seed}",
+    )
+    assert answer.code == 0, answer.err
+    assert are_the_same(weights(tmp_path / "sweep" / "okddip1"), weights(tmp_path / "alone"))
+    assert are_the_same(weights(tmp_path / "sweep" / "kd1"), weights(tmp_path / "alone_kd"))
+
+
+def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path: Path) -> None:
+    common = (*SMALL, "methods.teacher=auto", "methods.teacher_model=resnet14")
+    assert okddip("-m", *common, "method=kd", "method.temperature=2,3", "hydra.sweep.dir=kd").code == 0
+    [teacher] = runs(tmp_path, "others")
+    assert teacher.info.run_name == "baseline-network1-resnet14-digits-seed0"
+    assert teacher.info.status == "FINISHED"
+    assert [run.data.params["method.teacher"] for run in runs(tmp_path)] == ["auto", "auto"]
+
+    # a job that is this very baseline is finished with it
+    answer = okddip("-m", *common, "method=baseline", "model=resnet14,resnet8", "hydra.sweep.dir=baselines")
+    assert answer.code == 0, answer.err
+    assert outcomes(tmp_path / "baselines") == [(0, "finished before"), (1, "finished")]
+
+    # another seed has another teacher
+    assert okddip(*common, "method=kd", "seed=1").code == 0
+    assert sorted(run.data.tags["seed"] for run in runs(tmp_path, "others")) == ["0", "1", "1"]
+
+
+def test_a_teacher_that_cannot_be_is_refused(okddip: Okddip) -> None:
+    answer = okddip(*SMALL, "tracking=none", "method=kd", "method.teacher=auto")
+    assert answer.code == 1
+    assert "method.teacher=auto: takes method.teacher_model" in answer.err
+    answer = okddip(
+        *SMALL, "tracking=none", "method=kd", "method.teacher=auto", "method.teacher_model=alexnet"
+    )
+    assert answer.code == 1
+    assert "method.teacher_model=alexnet: " in answer.err
+    assert "resnet110" in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_a_sweep_on_a_store_that_cannot_be_opened_runs_no_job(okddip: Okddip, tmp_path: Path) -> None:
+    answer = okddip("-m", *SMALL, "seed=0,1", "tracking.uri=sqlite:///missing/mlflow.db")
+    assert answer.code == 1
+    assert "tracking.uri=sqlite:///missing/mlflow.db: this store cannot be opened" in answer.err
+    assert not list(tmp_path.glob("multirun/*/*"))
+
+
+def start(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "okddip.main", *overrides],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    command = [*SMALL, "method=baseline", "seed=0,1,2", "trainer.epochs=40", "hydra.mode=MULTIRUN"]
+    killed = start(tmp_path, *command)
+    while not list(tmp_path.glob("multirun/*/1-*/previous.pt")):  # in the middle of the second job
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert [run.info.status for run in runs(tmp_path)] == ["FINISHED", "RUNNING"]
+
+    again = start(tmp_path, *command)
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    assert "3 jobs: 1 finished before, 2 finished." in output
+    assert output.count("; goes on after epoch") == 1
+    [parent] = runs(tmp_path, "parents")
+    assert parent.info.status == "FINISHED"
+    assert [run.info.status for run in runs(tmp_path)] == ["FINISHED"] * 3
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    for run in runs(tmp_path):
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        logged = client.get_metric_history(run.info.run_id, "test/top1")
+        assert sorted(metric.step for metric in logged) == list(range(40))
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_sweep_and_closes_its_parent(tmp_path: Path) -> None:
+    process = start(tmp_path, *SMALL, "seed=0,1", "trainer.epochs=10000", "hydra.mode=MULTIRUN")
+    while not list(tmp_path.glob("multirun/*/0-*/last.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "cut off #0" in output
+    assert [run.info.status for run in runs(tmp_path, "parents") + runs(tmp_path)] == ["KILLED"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+        ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"),
+    ],
+    ids=["joblib", "submitit"],
+)
+def test_jobs_side_by_side_are_children_of_one_parent_and_share_a_teacher(
+    tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    process = start(
+        tmp_path,
+        *("-m", *SMALL, *launcher, "method=kd", "method.teacher=auto", "method.teacher_model=resnet14"),
+        *("method.temperature=2,3", "method.peers=1,4", "hydra.sweep.dir=sweep"),
+    )
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+    assert [kind for _, kind in outcomes(tmp_path / "sweep")] == ["finished", "skipped"] * 2
+    [parent] = runs(tmp_path, "parents")
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs(tmp_path)} == {parent.info.run_id}
+    assert [run.info.status for run in [parent, *runs(tmp_path)]] == ["FINISHED"] * 3
+    assert [run.info.run_name for run in runs(tmp_path, "others")] == [
+        "baseline-network1-resnet14-digits-seed0"
+    ]
+
+
+THREADS = """
+from pathlib import Path
+import torch
+from hydra.core.hydra_config import HydraConfig
+
+
+def count(config, build):
+    Path(HydraConfig.get().runtime.output_dir, "threads").write_text(str(torch.get_num_threads()))
+    return 0.0
+"""
+
+
+@pytest.mark.slow
+def test_threads_are_divided_among_the_jobs_of_joblib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "threads.py").write_text(THREADS)
+    cores = len(os.sched_getaffinity(0))
+    command = [
+        "-m",
+        "task._target_=threads.count",
+        "seed=0,1",
+        "hydra/launcher=joblib",
+        "hydra.sweep.dir=sweep",
+    ]
+    finished = subprocess.run(
+        [sys.executable, "-m", "okddip.main", *command, f"hydra.launcher.n_jobs={cores}"],
+        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert [path.read_text() for path in tmp_path.glob("sweep/*/threads")] == ["1", "1"]
+
+
+@pytest.mark.slow
+def test_optuna_maximizes_what_jobs_return_and_passes_over_those_that_fail(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    process = start(
+        tmp_path,
+        *("-m", *SMALL[:-1], "trainer.epochs=2", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid"),
+        *("hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"),
+        *("optimizer.lr=choice(0.0001,0.05,1e30)", "hydra.sweep.dir=sweep", "method=baseline"),
+        "trainer.limit_batches=8",
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, output  # one failed
+    assert sorted(kind for _, kind in outcomes(tmp_path / "sweep")) == ["failed", "finished", "finished"]
+    best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    assert best.best_params["optimizer.lr"] == 0.05
+    assert best.best_value == max(run.data.metrics.get("final/top1", 0) for run in runs(tmp_path))
