@@ -236,7 +236,7 @@ def make(key: str, node: DictConfig, **arguments: Any) -> Any:
             cause = cause.__cause__
         if isinstance(cause, ConfigError):
             raise cause from None
-        options = ", ".join(f"{name}={value}" for name, value in node.items())
+        options = ", ".join(f"{name!s}={value}" for name, value in node.items())
         raise ConfigError(
             f"{key}: cannot be made ({type(cause).__name__}: {cause}) with {options}. See conf/{key}."
         ) from error

@@ -68,12 +68,12 @@ class Trainer:
         """
         for key, number in {
             "epochs": epochs,
-            "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
             "eval_every": eval_every,
             "limit_batches": 1 if limit_batches is None else limit_batches,
         }.items():
             check_number(f"trainer.{key}", number, minimum=1, integer=True)
+        check_number("trainer.batch_size", batch_size, minimum=2, integer=True)  # batch norm needs two images
         for key, switch in {
             "channels_last": channels_last,
             "compile": compile,

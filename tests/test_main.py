@@ -148,6 +148,15 @@ def test_milestones_and_ramps_past_the_end_are_warned_about(okddip: Okddip) -> N
     assert "The ramp of 80 epochs does not end" in answer.out
 
 
+def test_a_last_batch_of_one_image_is_left_out_of_training(okddip: Okddip, tmp_path: Path) -> None:
+    overrides = ("dataset=digits", "model=resnet8", "method=one", "trainer.epochs=1", "tracking=none")
+    answer = okddip(
+        *overrides, "dataset.train_size=257", "trainer.batch_size=64", "trainer.eval_batch_size=358"
+    )
+    assert answer.code == 0, answer.err
+    assert "359 test images" in answer.out  # and the test set's last image is evaluated alone
+
+
 def test_multirun_sweeps_seeds(okddip: Okddip, tmp_path: Path) -> None:
     answer = okddip("-m", *SMALL, "tracking=none", "seed=0,1", "hydra.sweep.dir=sweep")
     assert answer.code == 0, answer.err

@@ -38,7 +38,9 @@ def test_warmup_rises_in_equal_steps_and_ends_at_the_schedule(warmup: float) -> 
     assert cosine(warmup_epochs=warmup, epochs=20)(4) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("milestones", [[225, 150], [150, 150], [0], [-1], ["soon"], 150, [0.75, 0.5], [0.5, 4]])
+@pytest.mark.parametrize(
+    "milestones", [[225, 150], [150, 150], [0], [-1], ["soon"], 150, [0.75, 0.5], [0.5, 4]]
+)
 def test_milestones_that_do_not_ascend_are_refused(milestones: list[float]) -> None:
     with pytest.raises(ConfigError, match=r"scheduler\.milestones"):
         multistep(milestones=milestones, gamma=0.1, warmup_epochs=0, epochs=10)

@@ -64,7 +64,8 @@ class TrainLoader(_Loader):
 
     Args:
         split: uint8 images [N, H, W, C], labels [N].
-        batch_size: the last batch of an epoch may be smaller.
+        batch_size: the last batch of an epoch may be smaller. One image alone is left out: batch norm cannot
+            normalise a single value.
         device: where the batches are wanted.
         constants: of the normalisation, on `device`.
         seed: non-negative.
@@ -91,13 +92,16 @@ class TrainLoader(_Loader):
         self.pad = pad
         self.flip = flip
 
+    def __len__(self) -> int:
+        return self.size // self.batch_size + (self.size % self.batch_size > 1)
+
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [B, C, H, W] float32 and labels [B] of one epoch (counted from 0), on the device."""
         place = self.images.device
         shuffler = torch.Generator(place).manual_seed(seed_of(self.seed, epoch))
         order = torch.randperm(self.size, generator=shuffler, device=place)
         drawer = torch.Generator(self.device)
-        for step, indices in enumerate(order.split(self.batch_size)):
+        for step, indices in enumerate(order.split(self.batch_size)[: len(self)]):
             images, labels = self._take(indices)
             drawer.manual_seed(batch_seed(self.seed, epoch, step))
             draws = draw(len(labels), drawer, self.pad, self.flip)

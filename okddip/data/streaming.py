@@ -179,7 +179,8 @@ class StreamingLoader:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
-        return -(-self.size // self.batch_size)
+        alone = self.seed is not None and self.size % self.batch_size == 1
+        return -(-self.size // self.batch_size) - alone
 
     def batches(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [B, 3, H, W] float32 and labels [B] of one epoch (counted from 0), on the device.
@@ -203,7 +204,8 @@ class StreamingLoader:
             for error in errors:
                 self.skipped += 1
                 log.warning("Skipped (%d so far): %s", self.skipped, error)
-            if len(labels):
+            alone = 1 if self.seed is not None else 0  # batch norm cannot normalise a single value
+            if len(labels) > alone:
                 images = images.to(self.device, non_blocking=True)  # [B, H, W, 3] uint8
                 labels = labels.to(self.device, non_blocking=True)
                 yield normalize(images, self.constants, self.memory_format), labels
