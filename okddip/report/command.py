@@ -1,0 +1,161 @@
+"""The command that reproduces a run: overrides that compose to its very configuration."""
+
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from okddip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+SWITCHES = ("trainer.resume", "trainer.rerun")  # how a run was continued is no part of what it is
+UNNAMED_GROUPS = ("optimizer", "scheduler", "trainer", "tracking")  # `options` names the others
+BARE = re.compile(r"[A-Za-z_./][\w./:\-]*")  # strings that Hydra takes without quotes
+NOT_STRINGS = ("null", "true", "false", "inf", "nan")
+ABSENT = object()
+
+
+def reproduce(client: "MlflowClient", run_id: str) -> str:
+    """The command line of a run, below a line on the run itself.
+
+    The command of a sweep's job is not the one that was typed, so the overrides are found anew: the options
+    of the groups, then each value that still differs, until the composed configuration equals the
+    `config.yaml` of the run. Composes as the program that runs now does. The parent of a sweep has the
+    command that was typed.
+
+    Raises:
+        ConfigError: there is no such run, it keeps no configuration, or an option file of it is not there.
+    """
+    from mlflow.exceptions import MlflowException
+
+    run_id = run_id.removeprefix("runs:/")
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise ConfigError(f"report.run={run_id}: {str(error.message).strip()}.") from None
+    typed = run.data.tags.get("command", "")
+    commit = run.data.tags.get("mlflow.source.git.commit")
+    about = f"# {run.info.run_name}, {run_id}" + (f", commit {commit}" if commit else "")
+    if run.data.tags.get("kind") == "sweep":
+        return f"{about}\n{typed}"  # all of its jobs
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for one small file
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            text = Path(client.download_artifacts(run_id, "config.yaml", folder)).read_text()
+    except (MlflowException, OSError):
+        known = f" It was started with: {typed}" if typed else ""
+        raise ConfigError(f"report.run={run_id}: this run keeps no config.yaml.{known}") from None
+    wanted = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    try:
+        arguments = [*config_folders(typed), *overrides(wanted)]
+    except (HydraException, OmegaConfBaseException) as error:
+        folders = shlex.join(config_folders(typed))
+        hint = f" It was started with {folders}: give that here too." if folders else ""
+        raise ConfigError(f"report.run={run_id}: cannot be composed here. {error}{hint}") from None
+    return f"{about}\n{shlex.join(['okddip', *arguments])}"
+
+
+def overrides(wanted: Mapping[str, Any]) -> list[str]:
+    """Overrides of the default configuration that compose to `wanted`, apart from `SWITCHES`.
+
+    Raises:
+        ConfigError: there are none.
+        HydraException: an option that `wanted` names is not there.
+    """
+    defaults = composed([])["options"]
+    chosen = [f"{group}={option}" for group, option in wanted["options"].items() if option != defaults[group]]
+    for group in UNNAMED_GROUPS:
+        chosen += option_with_target(group, wanted, chosen)
+    while True:
+        different = sorted(differences(wanted, composed(chosen)), key=importance)
+        if not different:
+            return chosen
+        key, sign, value = different[0]
+        override = f"~{key}" if value is ABSENT else f"{sign}{key}={as_override(value)}"
+        if override in chosen:
+            raise ConfigError(f"{key}={value}: no override composes to this value of the run.")
+        chosen.append(override)
+
+
+def importance(difference: tuple[str, str, Any]) -> tuple[bool, int]:
+    """Upper keys first: lower ones refer to them. The name follows from all."""
+    key = difference[0]
+    return key == "name", key.count(".")
+
+
+def option_with_target(group: str, wanted: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
+    """The override that chooses the option of a group with the wanted `_target_`, if another is chosen."""
+    target = wanted[group].get("_target_")
+    if composed(chosen)[group].get("_target_") == target:
+        return []
+    for option in GlobalHydra.instance().config_loader().get_group_options(group):
+        if composed([*chosen, f"{group}={option}"])[group].get("_target_") == target:
+            return [f"{group}={option}"]
+    return []
+
+
+def composed(arguments: Sequence[str]) -> dict[str, Any]:
+    """The resolved configuration that overrides compose to, in the program as it runs."""
+    hydra = HydraConfig.instance()
+    before = hydra.cfg
+    config = compose("config", list(arguments), return_hydra_config=True)
+    hydra.set_config(config)  # for ${hydra:...}
+    try:
+        with open_dict(config):
+            del config["hydra"]
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    finally:
+        hydra.cfg = before
+
+
+def differences(wanted: Any, found: Any, key: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Key, sign of the override (`+` adds a key) and wanted value of each leaf that differs."""
+    if isinstance(wanted, Mapping) and wanted and (found is ABSENT or isinstance(found, Mapping)):
+        theirs: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+        for name in dict.fromkeys([*wanted, *theirs]):
+            inner = f"{key}.{name}" if key else str(name)
+            yield from differences(wanted.get(name, ABSENT), theirs.get(name, ABSENT), inner)
+    elif key not in SWITCHES and not (wanted == found and type(wanted) is type(found)):
+        yield key, "+" if found is ABSENT else "", wanted
+
+
+def as_override(value: Any) -> str:
+    """A value in Hydra's override grammar, of the same type when it is parsed."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{as_override(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(as_override, value)) + "]"
+    if not isinstance(value, str):
+        return repr(value)
+    if BARE.fullmatch(value) and value.lower() not in NOT_STRINGS:
+        return value
+    # a backslash counts for two before a quote alone
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
+
+
+def config_folders(typed: str) -> list[str]:
+    """`--config-dir` of a command line: where the user's own option files are."""
+    words = shlex.split(typed)
+    found = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word in ("--config-dir", "-cd"):
+            found += ["--config-dir", following]
+        elif word.startswith("--config-dir="):
+            found.append(word)
+    return found

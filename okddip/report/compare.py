@@ -1,0 +1,217 @@
+"""Groups of runs that differ in nothing but the seed: means, and differences to the baseline."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from okddip.report import runs
+from okddip.report.published import Published, defaults, published_for
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+METHODS = ("baseline", "independent", "kd", "dml", "cl_ilr", "one", "okddip")  # the order of rows
+# what a reader asks for first of the settings that do not vary
+COMMON = {
+    "options.model": "model",
+    "method.peers": "peers",
+    "method.structure": "structure",
+    "trainer.epochs": "epochs",
+    "dataset.train_size": "train_size",
+}
+SHAPE = ("method.peers", "method.structure")
+SEVERAL = "settings"  # one column where several settings of the method vary, as ablations do
+SCORES = {"last": "final/top1", "best": "best/top1"}
+
+
+class Difference(NamedTuple):
+    """Mean of ours less theirs, with its 95% interval (NaN if there are too few runs for one)."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int  # of runs with the same seed; 0: not paired
+
+
+@dataclass
+class Group:
+    """Runs with the same settings, one for each seed."""
+
+    values: dict[str, str]  # of the table's columns
+    settings: dict[str, str]
+    runs: list["Run"]
+    scores: pd.DataFrame  # index seed; columns `last` and `best`: top-1 in percent
+    differences: dict[str, Difference]  # by score; empty: there is no baseline, or this is it
+    published: list[Published]
+
+    @property
+    def method(self) -> str:
+        return self.settings["options.method"]
+
+
+@dataclass
+class Comparison:
+    """The runs on one data set: a table."""
+
+    dataset: str
+    columns: list[str]  # short names of the settings that vary
+    common: dict[str, str]  # settings that do not, of `COMMON`
+    groups: list[Group]
+    held_out: bool  # the best epoch was chosen by images held out of the training set
+    repeated: int  # runs left out, as a newer one has the same settings and seed
+
+    def label(self, group: Group) -> str:
+        """What tells a group from the others of its model: its method, and what varies within that."""
+        alike = [
+            other
+            for other in self.groups
+            if other.method == group.method
+            and other.settings.get("options.model") == group.settings.get("options.model")
+        ]
+        words = [group.method]
+        for column in self.columns:
+            value = group.values[column]
+            if len({other.values[column] for other in alike}) > 1 and value:
+                plain = {"peers": f"{value} peers", SEVERAL: value, "structure": value}
+                words.append(plain.get(column, f"{column} {value}"))
+        return ", ".join(words)
+
+
+def compare(chosen: Sequence["Run"]) -> list[Comparison]:
+    """A comparison for each data set."""
+    by_dataset: dict[str, list[Run]] = {}
+    for run in chosen:
+        by_dataset.setdefault(runs.dataset(run), []).append(run)
+    return [compare_on(name, those) for name, those in sorted(by_dataset.items())]
+
+
+def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
+    """Group runs on one data set, oldest first, by whatever varies among them."""
+    settings = pd.DataFrame([runs.settings(run) for run in chosen]).fillna("")
+    columns = varying(settings)
+    shown = settings[list(columns)].rename(columns=columns)
+    # targets of Hydra are import paths: their last part is the name
+    shown = shown.map(lambda value: value.rpartition(".")[2] if value.startswith("okddip.") else value)
+    inner = [name for key, name in columns.items() if key.startswith("method.") and key not in SHAPE]
+    if len(inner) > 1:
+        shown = shown.drop(columns=inner)
+        shown[SEVERAL] = settings.apply(
+            changed, axis=1, keys=[key for key in columns if columns[key] in inner]
+        )
+    groups = []
+    for values, rows in shown.groupby(list(shown.columns)):
+        by_seed = {int(runs.seed(chosen[row])): chosen[row] for row in rows.index}  # the newest of each
+        those = [by_seed[seed] for seed in sorted(by_seed)]
+        scores = pd.DataFrame(
+            {name: [run.data.metrics[metric] for run in those] for name, metric in SCORES.items()},
+            index=sorted(by_seed),
+        )
+        own = runs.settings(those[0])
+        groups.append(
+            Group(dict(zip(shown.columns, values, strict=True)), own, those, scores, {}, published_for(own))
+        )
+    repeated = len(chosen) - sum(len(group.runs) for group in groups)
+    groups.sort(key=order)
+    beside_method = [
+        name for key, name in columns.items() if not key.startswith("method.") and name != "method"
+    ]
+    for group in groups:
+        for other in groups:
+            same = all(other.values[name] == group.values[name] for name in beside_method)
+            if same and other.method == "baseline" != group.method:
+                group.differences = {
+                    name: difference(group.scores[name], other.scores[name]) for name in SCORES
+                }
+    common = {
+        name: str(settings[key].iloc[0])
+        for key, name in COMMON.items()
+        if key in settings and settings[key].nunique() == 1
+    }
+    held_out = (settings.get("dataset.validation", pd.Series("0")).astype(float) > 0).all()
+    return Comparison(dataset, list(shown.columns), common, groups, bool(held_out), repeated)
+
+
+def changed(settings: pd.Series, keys: Sequence[str]) -> str:
+    """The settings among `keys` that are not those of the method's option file."""
+    usual = defaults(settings["options.method"])
+    different = [key for key in keys if settings[key] not in ("", usual.get(key))]
+    return " ".join(f"{key.removeprefix('method.')}={settings[key]}" for key in different)
+
+
+def varying(settings: pd.DataFrame) -> dict[str, str]:
+    """The settings that vary, and short names for them; the method always.
+
+    A setting of a group counts if it varies among runs with the same option of that group: that methods
+    have other settings than one another is no news. Peers and structure count in any case.
+    """
+    keys = ["options.method"]
+    for key in sorted(settings.columns, key=lambda key: (not key.startswith("options."), key.count("."))):
+        part = key.partition(".")[0]
+        option = next((name for name in (f"options.{part}", f"{part}._target_") if name in settings), None)
+        if key == "options.method" or (key.endswith("._target_") and key != option):
+            continue
+        if key == option or option is None or key in SHAPE:
+            varies = settings[key].nunique() > 1
+        else:
+            present = settings[settings[key] != ""]
+            varies = bool((present.groupby(option)[key].nunique() > 1).any())
+        # an interpolated setting repeats the one that it refers to
+        if varies and not any(settings[key].equals(settings[known]) for known in keys):
+            keys.append(key)
+    return short_names(keys)
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each key, or as many parts as tell it from the others."""
+    names = {}
+    for key in keys:
+        parts = key.removesuffix("._target_").split(".")
+        endings = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+        others = [other.removesuffix("._target_") for other in keys if other != key]
+        names[key] = next(
+            (end for end in endings if not any(f".{other}".endswith(f".{end}") for other in others)), key
+        )
+    return names
+
+
+def order(group: Group) -> list[tuple[int, float, str]]:
+    """By model, then method from the plainest on, then the other columns; numbers by size."""
+    values = dict(group.values)
+    method = values.pop("method")
+    rank = METHODS.index(method) if method in METHODS else len(METHODS)
+    keys: list[tuple[int, float, str]] = [(0, rank, method)]
+    if "model" in values:
+        keys.insert(0, (0, 0.0, values.pop("model")))
+    for value in values.values():
+        try:
+            keys.append((0, float(value), ""))
+        except ValueError:
+            keys.append((1, 0.0, value))
+    return keys
+
+
+def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
+    """Mean difference with its 95% interval, from Student's t.
+
+    Over the pairs of runs with the same seed if there are at least two, otherwise Welch's for two samples.
+
+    Args:
+        ours, theirs: scores; the index is the seed.
+    """
+    apart = (ours - theirs).dropna()  # aligned by seed
+    if len(apart) >= 2:
+        mean, pairs = apart.mean(), len(apart)
+        error, freedom = apart.sem(), float(pairs - 1)
+    else:
+        mean, pairs = ours.mean() - theirs.mean(), 0
+        squares = np.array([ours.sem() ** 2, theirs.sem() ** 2])  # NaN for a single run
+        error = np.sqrt(squares.sum())
+        sizes = np.array([len(ours), len(theirs)])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            freedom = float(squares.sum() ** 2 / (squares**2 / (sizes - 1)).sum())
+    half = float(stats.t.ppf(0.975, freedom) * error) if error != 0 else 0.0
+    return Difference(float(mean), float(mean - half), float(mean + half), pairs)

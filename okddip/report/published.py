@@ -1,0 +1,82 @@
+"""Published figures, each with its source, and with what is otherwise there."""
+
+import csv
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from omegaconf import OmegaConf
+
+from okddip.tracking import flatten
+
+HERE = Path(__file__).parent
+# what the source says and not the option file, and what follows from the length of the run
+NOT_BY_DEFAULT = ("method._target_", "method.peers", "method.structure", "method.ramp_epochs")
+
+
+class Published(NamedTuple):
+    top1: str  # percent, with the digits of the source
+    std: str  # empty: not stated
+    runs: str  # empty: not stated
+    source: str
+    marks: tuple[str, ...]  # what is otherwise there than in the runs beside it
+
+    def __str__(self) -> str:
+        spread = f" ± {self.std}" if self.std else ""
+        runs = f", n = {self.runs}" if self.runs else ""
+        star = "*" if self.marks else ""
+        return f"{self.top1}{spread}{star} [{'; '.join((self.source + runs, *self.marks))}]"
+
+
+def published_for(settings: Mapping[str, str]) -> list[Published]:
+    """Published figures of a run's data set, model and method; of these those nearest to its settings."""
+    found = [
+        Published(row["top1"], row["std"], row["runs"], row["source"], marks(row, settings))
+        for row in read("published_results.csv")
+        if all(row[name] == settings.get(f"options.{name}") for name in ("dataset", "model", "method"))
+    ]
+    fewest = min((len(figure.marks) for figure in found), default=0)
+    return [figure for figure in found if len(figure.marks) == fewest]
+
+
+def marks(row: Mapping[str, str], settings: Mapping[str, str]) -> tuple[str, ...]:
+    """What is otherwise in a published figure than in a run: peers, structure, method settings, images."""
+    different = []
+    if row["peers"] != settings["method.peers"]:
+        different.append(f"{row['peers']} peers")
+    if not row["structure"]:
+        different.append("structure not stated")
+    elif row["structure"] != settings["method.structure"]:
+        different.append(row["structure"])
+    different += [
+        f"{key.removeprefix('method.')}={value}"
+        for key, value in defaults(row["method"]).items()
+        if settings.get(key, value) != value
+    ]
+    if settings.get("dataset.train_size", "null") != "null" or float(settings.get("dataset.validation", "0")):
+        different.append("all training images")
+    return tuple(different)
+
+
+def source_text(source: str) -> str:
+    return next(row["text"] for row in read("published_sources.csv") if row["source"] == source)
+
+
+@cache
+def read(file: str) -> list[dict[str, str]]:
+    with (HERE / file).open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@cache
+def defaults(method: str) -> dict[str, str]:
+    """The settings of a method's option file, which are those of the authors' code; none for a user's own."""
+    from okddip.main import CONFIG_HOME
+
+    path = CONFIG_HOME / "conf" / "method" / f"{method}.yaml"
+    if not path.is_file():
+        return {}
+    option = OmegaConf.load(path)
+    flat = flatten({"method": cast(dict[str, object], OmegaConf.to_container(option))})
+    return {key: value for key, value in flat.items() if key not in NOT_BY_DEFAULT}

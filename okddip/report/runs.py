@@ -1,0 +1,153 @@
+"""Which runs are compared: found in a store, and finished."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from okddip import resume
+from okddip.errors import ConfigError
+from okddip.tracking import MLflow
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+PAGE = 1000  # runs that the store sends at once
+
+
+def open_store(uri: str) -> "MlflowClient":
+    """A client of a store that exists and answers.
+
+    Raises:
+        ConfigError: names the address; within 10 s.
+    """
+    if uri.startswith("sqlite:"):
+        from sqlalchemy.engine import make_url
+
+        file = Path(make_url(uri).database or "").absolute()
+        if not file.is_file():
+            raise ConfigError(
+                f"tracking.uri={uri}: there is no such store, {file} is no file. Start in the directory in"
+                " which the runs were started, or name their store."
+            )
+        # MLflow keeps a store open by its address, in whatever directory the next one is asked for
+        uri = make_url(uri).set(database=str(file)).render_as_string(hide_password=False)
+    # Each store has the experiment "Default"; to open the one that is searched would create it.
+    MLflow(uri, "Default").open()
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def find(
+    client: "MlflowClient", uri: str, experiment: str, sweep: str | None = None, where: str | None = None
+) -> list["Run"]:
+    """Runs of an experiment, or of a sweep in it, that match a filter.
+
+    Args:
+        sweep: the name of a sweep or the ID of its parent run.
+        where: in MLflow's filter language.
+
+    Raises:
+        ConfigError: there is no such experiment, the filter is not understood, or no finished training run
+            matches; says what was searched.
+    """
+    searched = f"tracking.uri={uri}, tracking.experiment={experiment}"
+    known = client.get_experiment_by_name(experiment)
+    if known is None:
+        names = ", ".join(sorted(each.name for each in client.search_experiments()))
+        raise ConfigError(f"{searched}: there is no such experiment. There are {names}.")
+    everything = search(client, known.experiment_id)
+    found = search(client, known.experiment_id, where) if where else everything
+    if where:
+        searched += f', report.where="{where}"'
+    if sweep:
+        searched += f", report.sweep={sweep}"
+        found = [run for run in found if sweep in (tag(run, "sweep"), tag(run, "mlflow.parentRunId"))]
+    chosen, left_out = comparable(found)
+    if not chosen:
+        raise ConfigError(
+            f"No finished run to report on. Searched {searched}: {len(found)} of the experiment's"
+            f" {len(everything)} runs match. {left_out}".rstrip()
+        )
+    return found
+
+
+def search(client: "MlflowClient", experiment_id: str, where: str = "") -> list["Run"]:
+    """All runs that match a filter.
+
+    Raises:
+        ConfigError: with MLflow's message if the filter is not understood.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found: list[Run] = []
+    token: str | None = None
+    while True:
+        try:
+            page = client.search_runs([experiment_id], where, max_results=PAGE, page_token=token)
+        except MlflowException as error:
+            if not where or error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            raise ConfigError(
+                f"report.where={where}: {error.message} Names that hold a dot or a slash stand in backticks:"
+                " params.`method.peers` = '4', metrics.`final/top1` > 90, tags.method = 'okddip'."
+            ) from None
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def comparable(found: Sequence["Run"]) -> tuple[list["Run"], str]:
+    """The finished training runs among `found`, oldest first, and a sentence on those left out."""
+    training = [run for run in found if "seed" in run.data.params and "trainer.epochs" in run.data.params]
+    finished = [
+        run
+        for run in training
+        if run.info.status == "FINISHED" and {"final/top1", "best/top1"} <= run.data.metrics.keys()
+    ]
+    finished.sort(key=lambda run: run.info.start_time)
+    unfinished = Counter(run.info.status for run in training if run not in finished)
+    if not unfinished:
+        return finished, ""
+    statuses = ", ".join(f"{number} {status}" for status, number in sorted(unfinished.items()))
+    return finished, f"Unfinished runs, left out: {unfinished.total()} ({statuses})."
+
+
+def params(run: "Run") -> dict[str, str]:
+    """The flattened configuration of a run, as of the last time that it was resumed."""
+    resumed = {
+        key.removeprefix("resumed."): value
+        for key, value in run.data.tags.items()
+        if key.startswith("resumed.")
+    }
+    return {**run.data.params, **resumed}
+
+
+def settings(run: "Run") -> dict[str, str]:
+    """What may tell one row of a table from another: no seed, no place, and no teacher's checkpoint."""
+    return {
+        key: value
+        for key, value in params(run).items()
+        if not key.startswith(resume.PLACES)
+        and not (key.startswith("dataset.") and key.rpartition(".")[2] in resume.PLACES_OF_DATA)
+        and key not in ("seed", "method.teacher")
+    }
+
+
+def seed(run: "Run") -> str:
+    return params(run)["seed"]
+
+
+def dataset(run: "Run") -> str:
+    """What the run was tested on; image folders are data sets of their own."""
+    option = params(run).get("options.dataset", "")
+    if option in ("image_folder", "imagenet"):
+        return f"{option} {params(run).get('dataset.root')}"
+    return option
+
+
+def tag(run: "Run", name: str) -> str | None:
+    return run.data.tags.get(name)

@@ -1,0 +1,189 @@
+"""Comparisons as plain text, Markdown, LaTeX and CSV."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from okddip.report.compare import SCORES, Comparison, Difference, Group
+from okddip.report.published import source_text
+
+NUMERIC = ("n", "peers")
+
+
+def write(comparisons: Sequence[Comparison], left_out: str, folder: Path) -> None:
+    """Write `table.txt`, `table.md`, `table.tex` and `table.csv`."""
+    tables = [(comparison, cells(comparison), notes(comparison)) for comparison in comparisons]
+    remarks = [left_out] if left_out else []
+    if len(comparisons) > 1:
+        names = ", ".join(comparison.dataset for comparison in comparisons)
+        remarks.append(f"Results on different data sets cannot be compared: a table for each of {names}.")
+
+    paragraphs = [f"{title(c)}\n\n{text(table)}\n\n" + "\n".join(below) for c, table, below in tables]
+    (folder / "table.txt").write_text("\n\n".join([*paragraphs, *remarks]) + "\n")
+    paragraphs = [
+        f"**{title(c)}**\n\n{markdown(table)}\n\n" + "\n".join(f"- {markdown_safe(line)}" for line in below)
+        for c, table, below in tables
+    ]
+    (folder / "table.md").write_text("\n\n".join([*paragraphs, *map(markdown_safe, remarks)]) + "\n")
+    blocks = [latex(table, title(c), below) for c, table, below in tables]
+    comments = ["\\usepackage{booktabs} in the preamble", *remarks]
+    (folder / "table.tex").write_text("\n".join([*(f"% {line}" for line in comments), *blocks]))
+    numbers = [{"dataset": c.dataset, **full_precision(group)} for c in comparisons for group in c.groups]
+    pd.DataFrame(numbers).to_csv(folder / "table.csv", index=False)
+
+
+def title(comparison: Comparison) -> str:
+    common = comparison.common
+    words = [comparison.dataset]
+    if common.get("train_size", "null") != "null":
+        words[0] += f" ({common['train_size']} training images)"
+    if "model" in common:
+        words.append(common["model"])
+    if common.get("peers", "1") != "1":
+        words.append(f"{common['peers']} peers")
+    if "epochs" in common:
+        words.append("1 epoch" if common["epochs"] == "1" else f"{common['epochs']} epochs")
+    return f"Test top-1 (%) on {', '.join(words)}: mean ± standard deviation over seeds"
+
+
+def cells(comparison: Comparison) -> pd.DataFrame:
+    """The table as it is read: a row a group, all cells text."""
+    rows = [
+        {
+            **group.values,
+            "n": str(len(group.runs)),
+            "last epoch": spread(group.scores["last"]),
+            "best epoch": spread(group.scores["best"]),
+            "last - baseline": interval(group.differences.get("last")),
+            "published": ", ".join(map(str, group.published)),
+        }
+        for group in comparison.groups
+    ]
+    table = pd.DataFrame(rows)
+    optional = ["last - baseline", "published"]
+    return table.drop(columns=[name for name in optional if not table[name].any()])
+
+
+def spread(scores: pd.Series) -> str:
+    return f"{scores.mean():.2f}" + (f" ± {scores.std():.2f}" if len(scores) > 1 else "")
+
+
+def interval(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    if math.isnan(difference.low):
+        return f"{difference.mean:+.2f}"
+    pairs = f" {difference.pairs} pairs" if difference.pairs else " unpaired"
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]{pairs}"
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader must know about the columns, and the sources of published figures."""
+    lines = []
+    if comparison.held_out:
+        lines.append("best epoch: chosen by images held out of the training set.")
+    else:
+        lines.append("best epoch: chosen on the test set itself, so an optimistic figure.")
+    differences = [group.differences["last"] for group in comparison.groups if group.differences]
+    if differences:
+        lines.append(
+            "last - baseline: difference to the baseline with the same model, data set and training settings,"
+            " after the last epoch."
+        )
+        if any(not math.isnan(difference.low) for difference in differences):
+            lines.append(
+                "In brackets its 95% interval by Student's t, over pairs of runs with the same seed"
+                " (unpaired: Welch's, where fewer than two seeds are in both)."
+            )
+        if any(math.isnan(difference.low) for difference in differences):
+            lines.append("Where there is none, it would take two seeds of each.")
+    if comparison.repeated:
+        lines.append(
+            f"Repeated runs, left out: {comparison.repeated}; of runs with the same settings and seed the"
+            " newest counts."
+        )
+    published = [figure for group in comparison.groups for figure in group.published]
+    if any(figure.marks for figure in published):
+        lines.append("*: not the same setting; in brackets what is otherwise there.")
+    if published:
+        lines.append(
+            "Published figures come from their authors' training settings, which may differ from the runs'"
+            " in more than is marked."
+        )
+    lines += [f"[{source}] {source_text(source)}." for source in dict.fromkeys(f.source for f in published)]
+    return lines
+
+
+def full_precision(group: Group) -> dict[str, object]:
+    """A group's row of the CSV file."""
+    row: dict[str, object] = {
+        "model": group.settings.get("options.model"),
+        "method": group.method,
+        "peers": group.settings.get("method.peers"),
+        "structure": group.settings.get("method.structure"),
+        **group.values,
+        "n": len(group.runs),
+        "seeds": " ".join(map(str, group.scores.index)),
+        "run_ids": " ".join(run.info.run_id for run in group.runs),
+    }
+    for name in SCORES:
+        row |= {f"{name}_mean": group.scores[name].mean(), f"{name}_std": group.scores[name].std()}
+    for name in SCORES:
+        difference = group.differences.get(name)
+        values = difference if difference else [None] * len(Difference._fields)
+        names = [f"{name}_difference", *(f"{name}_difference_{part}" for part in ("low", "high", "pairs"))]
+        row |= dict(zip(names, values, strict=True))
+    row["published"] = ", ".join(map(str, group.published))
+    return row
+
+
+def text(table: pd.DataFrame) -> str:
+    """Aligned columns, numbers to the right."""
+    columns = []
+    for name in table:
+        entries = [str(name), *table[name]]
+        width = max(map(len, entries))
+        entries.insert(1, "-" * width)
+        columns.append([entry.rjust(width) if name in NUMERIC else entry.ljust(width) for entry in entries])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    rules = ["---:" if name in NUMERIC else "---" for name in table]
+    rows = [[str(name) for name in table], rules, *table.values.tolist()]
+    return "\n".join(f"| {' | '.join(map(markdown_safe, row))} |" for row in rows)
+
+
+def markdown_safe(cell: str) -> str:
+    return re.sub(r"([*_|\\])", r"\\\1", cell)
+
+
+def latex(table: pd.DataFrame, caption: str, below: Sequence[str]) -> str:
+    """A floating table with the rules of booktabs."""
+    escaped = table.map(latex_safe).rename(columns=latex_safe)
+    alignment = "".join("r" if name in NUMERIC else "l" for name in table)
+    rows = [list(escaped.columns), *escaped.values.tolist()]
+    head, *body = (" & ".join(row) + " \\\\" for row in rows)
+    return "\n".join(
+        [
+            "\\begin{table}",
+            "\\centering",
+            f"\\caption{{{latex_safe(caption)}}}",
+            f"\\begin{{tabular}}{{{alignment}}}",
+            *("\\toprule", head, "\\midrule", *body, "\\bottomrule"),
+            "\\end{tabular}",
+            *("", "\\smallskip", "\\begin{minipage}{\\linewidth}\\footnotesize"),
+            "\n\n".join(map(latex_safe, below)),
+            "\\end{minipage}",
+            "\\end{table}\n",
+        ]
+    )
+
+
+def latex_safe(cell: str) -> str:
+    cell = cell.replace("\\", "\\textbackslash ")
+    cell = re.sub(r"([&%$#_{}])", r"\\\1", cell).replace("±", "$\\pm$")
+    return re.sub(r"(?<![\w.-])([+-])(?=\d)", r"$\1$", cell)

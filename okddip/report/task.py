@@ -1,0 +1,79 @@
+"""The task `report`, and what the end of a sweep calls."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from okddip.errors import ConfigError
+from okddip.report import command, figures, runs, tables
+from okddip.report.compare import compare
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+    from okddip.tasks import Parts
+
+
+def report(config: DictConfig, build: Callable[[DictConfig], "Parts"]) -> None:
+    """Print the table of the runs that `report.sweep` and `report.where` choose; write it and its figures.
+
+    Args:
+        config: resolved; `tracking` says where the runs are.
+        build: of other tasks; nothing is instantiated here.
+
+    Raises:
+        ConfigError: the store does not answer, no finished run matches, or the filter is not understood.
+    """
+    asked = config.report
+    uri = config.tracking.get("uri")
+    if uri is None:
+        raise ConfigError(
+            "task=report: reads runs from an MLflow store; set tracking=mlflow and tracking.uri."
+        )
+    client = runs.open_store(uri)
+    if asked.run is not None:
+        print(command.reproduce(client, str(asked.run)))
+        return
+    found = runs.find(client, uri, config.tracking.experiment, asked.sweep, asked.where)
+    folder = Path(asked.out or Path(HydraConfig.get().runtime.output_dir) / "report")
+    make(client, found, folder)
+    print((folder / "table.txt").read_text())
+    print(f"Tables and figures: {folder}")
+
+
+def make(
+    client: "MlflowClient", found: Sequence["Run"], folder: Path, parent_run_id: str | None = None
+) -> Path:
+    """Write tables (text, Markdown, LaTeX, CSV) and figures (PNG, PDF) of runs into a folder.
+
+    Args:
+        client: of the store that holds the runs.
+        found: any runs; the parents of sweeps are passed over, unfinished runs are left out and counted.
+        folder: created if absent.
+        parent_run_id: a run that gets the folder's files as artifacts, in `report/`.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ConfigError: none of the runs is a finished training run, or the folder cannot be written.
+    """
+    chosen, left_out = runs.comparable(found)
+    if not chosen:
+        raise ConfigError(f"There is no finished run to report on among {len(found)}. {left_out}".rstrip())
+    comparisons = compare(chosen)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tables.write(comparisons, left_out, folder)
+        figures.write(client, comparisons, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"report.out={folder}: the report cannot be written ({error.strerror}). Name another folder."
+        ) from error
+    if parent_run_id is not None:
+        client.log_artifacts(parent_run_id, str(folder), "report")
+    return folder

@@ -1,0 +1,238 @@
+"""The task over a real store: tables, figures and what is refused."""
+
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import mlflow
+import pandas as pd
+import pytest
+from conftest import Answer
+from matplotlib.figure import Figure
+from mlflow.tracking import MlflowClient
+from report_store import EPOCHS, add_runs
+
+from okddip.report import figures, make, runs
+from okddip.report.compare import compare
+from okddip.tracking import MLflow
+
+Okddip = Callable[..., Answer]
+KINDS = {
+    *("accuracy-cifar10-resnet32", "diversity-cifar10-resnet32", "predictors-cifar10-resnet32"),
+    *("peers-cifar10-resnet32", "attention-okddip_3_peers-cifar10-resnet32"),
+    *("attention-okddip_4_peers-cifar10-resnet32", "accuracy-digits-resnet8"),
+}
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Runs on CIFAR-10 and on digits, with a sweep, a repetition and two unfinished runs among them."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    tracker = MLflow(uri, "compare")
+    tracker.open()
+    client = MlflowClient(uri)
+    add = partial(add_runs, client, client.get_experiment_by_name("compare").experiment_id)
+    parent = tracker.start("night", {}, {"sweep": "night", "method": "okddip"}, "", "okddip -m")
+    tracker.finish("FINISHED")
+    child = {"sweep": "night", "mlflow.parentRunId": parent}
+    three = {"seeds": (0, 1, 2)}
+    add("method=okddip", last=[10], seeds=[0])  # repeated below
+    add("method=baseline", last=[92, 93, 94], **three)
+    add("method=okddip", last=[93.5, 94, 95.5], tags=child, **three)
+    add("method=okddip", "method.peers=3", last=[93, 93.2, 94.1], tags=child, **three)
+    add("method=dml", last=[93, 94], seeds=[5, 6])
+    add("method=okddip", last=[1], seeds=[3], status="FAILED", tags=child)
+    add("method=okddip", last=[1], seeds=[4], status="RUNNING")
+    add("method=baseline", "dataset=digits", "model=resnet8", last=[97], seeds=[0])
+    return uri
+
+
+@pytest.fixture(scope="module")
+def folder(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on all of them."""
+    client = runs.open_store(uri)
+    return make(client, runs.find(client, uri, "compare"), tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture
+def drawn(uri: str) -> Iterator[dict[str, Figure]]:
+    """The figures of CIFAR-10, to look into."""
+    client = runs.open_store(uri)
+    chosen, _ = runs.comparable(runs.find(client, uri, "compare"))
+    cifar10, _ = compare(chosen)
+
+    def history(run: mlflow.entities.Run, metric: str) -> pd.Series:
+        points = client.get_metric_history(run.info.run_id, metric)
+        return pd.Series({point.step + 1: point.value for point in points}, dtype=float)
+
+    with matplotlib.rc_context():
+        yield figures.draw(cifar10, "resnet32", history)
+
+
+def test_a_row_a_group_with_mean_deviation_and_interval(folder: Path) -> None:
+    lines = (folder / "table.txt").read_text().splitlines()
+    assert lines[0].startswith("Test top-1 (%) on cifar10, resnet32, 12 epochs")
+    assert lines[2].split() == [
+        *("method", "peers", "structure", "n", "last", "epoch", "best", "epoch", "last", "-", "baseline"),
+        "published",
+    ]
+    methods = [line.split()[:2] for line in lines[4:8]]
+    assert methods == [["baseline", "1"], ["dml", "4"], ["okddip", "3"], ["okddip", "4"]]
+    baseline, dml, _, okddip = lines[4:8]
+    assert "3  93.00 ± 1.00  93.50 ± 1.00" in baseline
+    assert "[" not in baseline
+    # differences 1.5, 1.0, 1.5: mean 1.333, standard error 0.1667, t(0.975, 2) = 4.3027
+    assert "3  94.33 ± 1.04  94.83 ± 1.04  +1.33 [+0.62, +2.05] 3 pairs" in okddip
+    # no seed in common: variances 0.5/2 + 1/3, 2.88 degrees of freedom, t = 3.257
+    assert "2  93.50 ± 0.71  94.00 ± 0.71  +0.50 [-1.99, +2.99] unpaired" in dml
+
+
+def test_published_figures_are_marked_where_they_differ_and_have_their_source(folder: Path) -> None:
+    text = (folder / "table.txt").read_text()
+    _, dml, three, four = text.splitlines()[4:8]
+    assert "94.17 ± 0.15 [pcl]" in three
+    assert "94.17 ± 0.15* [pcl; 3 peers]" in four
+    assert "93.94 ± 0.07* [pcl; 3 peers; structure not stated]" in dml
+    assert "[pcl] Top-1 accuracy (%), 3 peers, as tabulated in PCL (Wu and Gong, AAAI 2021)" in text
+
+
+def test_left_out_runs_are_counted_and_data_sets_kept_apart(folder: Path) -> None:
+    text = (folder / "table.txt").read_text()
+    assert "Unfinished runs, left out: 2 (1 FAILED, 1 RUNNING)." in text
+    assert "Repeated runs, left out: 1;" in text
+    assert text.count("Test top-1 (%) on ") == 2
+    assert "cannot be compared: a table for each of cifar10, digits." in text
+
+
+def test_markdown_latex_and_csv_hold_the_same_table(folder: Path) -> None:
+    assert "| okddip | 4 | branch | 3 | 94.33 ± 1.04 |" in (folder / "table.md").read_text()
+    latex = (folder / "table.tex").read_text()
+    assert r"okddip & 4 & branch & 3 & 94.33 $\pm$ 1.04 & 94.83 $\pm$ 1.04 & $+$1.33 [$+$0.62" in latex
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == 2
+    table = pd.read_csv(folder / "table.csv").set_index(["dataset", "method", "peers"])
+    assert table.loc[("cifar10", "okddip", 4), "last_mean"] == pytest.approx((93.5 + 94 + 95.5) / 3)
+    assert table.loc[("cifar10", "okddip", 4), "last_difference_low"] == pytest.approx(0.6162, abs=1e-4)
+    assert table.loc[("cifar10", "okddip", 4), "best_difference_pairs"] == 3
+    assert table.loc[("cifar10", "okddip", 4), "seeds"] == "0 1 2"
+    assert table.loc[("digits", "baseline", 1), "n"] == 1
+
+
+def test_figures_are_written_as_png_and_pdf(folder: Path) -> None:
+    assert {path.stem for path in folder.glob("*.png")} == KINDS
+    assert {path.stem for path in folder.glob("*.pdf")} == KINDS
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
+    assert all(path.read_bytes().startswith(b"%PDF") for path in folder.glob("*.pdf"))
+
+
+def test_accuracy_by_epoch_has_a_line_and_a_band_a_group(drawn: dict[str, Figure]) -> None:
+    whole, end = drawn["accuracy"].axes
+    assert whole.get_legend_handles_labels()[1] == ["baseline", "dml", "okddip, 3 peers", "okddip, 4 peers"]
+    assert len(whole.collections) == 4
+    assert whole.get_ylabel() == "Test top-1 (%)"
+    assert list(whole.lines[0].get_xdata()) == list(range(1, EPOCHS + 1))
+    assert whole.lines[0].get_ydata()[-1] == pytest.approx(93)
+    assert list(end.lines[0].get_xdata()) == [9, 10, 11, 12]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in whole.lines}
+    assert len(looks) == 4
+    assert len(drawn["diversity"].axes[0].lines) == 3  # the baseline has no peers
+
+
+def test_peer_counts_are_set_against_accuracy_and_step_time(drawn: dict[str, Figure]) -> None:
+    accuracy, step_time = drawn["peers"].axes
+    assert step_time.get_ylabel() == "Training step on cpu (ms)"
+    [line, *_] = step_time.lines
+    assert list(line.get_xdata()) == [3, 4]
+    assert list(line.get_ydata()) == pytest.approx([30, 40])  # batches of 128 at 12,800 / peers images/s
+    assert accuracy.lines[0].get_ydata()[1] == pytest.approx(94.3333, abs=1e-4)
+
+
+def test_leader_mean_and_ensemble_stand_side_by_side(drawn: dict[str, Figure]) -> None:
+    [axes] = drawn["predictors"].axes
+    assert axes.get_legend_handles_labels()[1] == ["group leader", "mean peer", "ensemble of peers"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "dml",
+        "okddip, 3 peers",
+        "okddip, 4 peers",
+    ]
+
+
+def test_attention_has_a_matrix_for_each_seed_and_chosen_epoch(drawn: dict[str, Figure]) -> None:
+    matrices = [axes for axes in drawn["attention-okddip, 4 peers"].axes if axes.images]
+    assert len(matrices) == 3 * 4
+    assert matrices[0].images[0].get_array().tolist() == [
+        [0.5, 0.25, 0.25],
+        [0.25, 0.5, 0.25],
+        [0.25, 0.25, 0.5],
+    ]
+    assert [axes.get_title() for axes in matrices[:4]] == ["epoch 1", "epoch 5", "epoch 8", "epoch 12"]
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_as_they_were(uri: str, tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    client = runs.open_store(uri)
+    make(client, runs.find(client, uri, "compare", where="tags.method = 'dml'"), tmp_path)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_parent_run_gets_the_report_as_artifacts(uri: str, tmp_path: Path) -> None:
+    client = MlflowClient(uri)
+    found = runs.find(client, uri, "compare", sweep="night")
+    [parent] = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    children = runs.find(client, uri, "compare", sweep=parent.info.run_id)
+    assert {run.info.run_id for run in children} == {run.info.run_id for run in found if run is not parent}
+    make(client, found, tmp_path / "report", parent.info.run_id)
+    logged = {Path(file.path).name for file in client.list_artifacts(parent.info.run_id, "report")}
+    assert {"table.md", "table.csv", "accuracy-cifar10-resnet32.png"} <= logged
+    assert "left out: 1 (1 FAILED)" in (tmp_path / "report" / "table.txt").read_text()
+
+
+def test_the_task_prints_the_table_of_what_a_filter_chooses(okddip: Okddip, uri: str) -> None:
+    store = (f"tracking.uri={uri}", "tracking.experiment=compare", "hydra.run.dir=run")
+    chosen = r'report.where="params.`method.peers` = \"3\""'
+    answer = okddip("task=report", *store, chosen, "report.out=here")
+    assert answer.code == 0, answer.err
+    assert "okddip  3  93.43 ± 0.59" in answer.out
+    assert "cifar10, resnet32, 3 peers, 12 epochs" in answer.out
+    assert Path("here/table.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["report.sweep=nope"], ["report.sweep=nope: 0 of the experiment's", "tracking.experiment=compare"]),
+        (["report.where=\"tags.method = 'one'\""], ["tags.method = 'one'", "0 of the experiment's 16 runs"]),
+        (
+            ["report.where=\"attributes.status = 'FAILED'\""],
+            ["1 of the experiment's 16 runs match. Unfinished runs, left out: 1 (1 FAILED)."],
+        ),
+        (['report.where="epochs three"'], ["report.where=epochs three: Invalid", "params.`method.peers`"]),
+        (["tracking.experiment=nope"], ["there is no such experiment. There are Default, compare."]),
+        (["tracking.uri=sqlite:///no.db"], ["tracking.uri=sqlite:///no.db: there is no such store"]),
+        (["~tracking.uri"], ["reads runs from an MLflow store"]),
+        (["report.run=nope"], ["report.run=nope: Run with id=nope not found"]),
+        (["report.out=/dev/null/here"], ["report.out=/dev/null/here: the report cannot be written"]),
+    ],
+)
+def test_bad_input_says_what_was_searched(
+    okddip: Okddip, uri: str, overrides: list[str], messages: list[str]
+) -> None:
+    defaults = [f"tracking.uri={uri}", "tracking.experiment=compare"]
+    given = {override.split("=")[0].lstrip("~") for override in overrides}
+    defaults = [override for override in defaults if override.split("=")[0] not in given]
+    answer = okddip("task=report", *defaults, *overrides)
+    assert answer.code == 1
+    for message in messages:
+        assert message in answer.err
+    assert "Traceback" not in answer.err
+    assert not Path("no.db").exists()
+
+
+def test_a_server_that_does_not_answer_is_named(okddip: Okddip) -> None:
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        answer = okddip("task=report", f"tracking.uri={address}")
+    assert answer.code == 1
+    assert f"tracking.uri={address}" in answer.err
