@@ -39,8 +39,8 @@ class _Loader:
         self.device = device
         self.constants = constants
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.on_device = on_device
-        place = device if on_device else torch.device("cpu")
+        self.on_device = on_device or device.type == "cpu"  # whose memory is the host's
+        place = device if self.on_device else torch.device("cpu")
         self.images, self.labels = split.images.to(place), split.labels.to(place)
 
     def __len__(self) -> int:

@@ -111,6 +111,13 @@ def test_the_watch_finds_reads() -> None:
     ]
 
 
+def test_on_a_cpu_keeping_the_images_on_the_host_makes_no_difference() -> None:
+    loaders = [EvalLoader(SPLIT, 16, CPU, CONSTANTS, on_device=on_device) for on_device in (True, False)]
+    for (images, labels), (others, other_labels) in zip(*(x.batches() for x in loaders), strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(labels, other_labels)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("on_device", [True, False])
 def test_on_a_gpu_images_arrive_from_either_memory(on_device: bool) -> None:
