@@ -124,9 +124,13 @@ def find(key: str, reference: str, tracking_uri: str | None) -> Path:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
+    from okddip.tracking import absolute
+
     run_id, _, name = reference.removeprefix("runs:/").partition("/")
     try:
-        return Path(download_artifacts(f"runs:/{run_id}/{name or 'last.pt'}", tracking_uri=tracking_uri))
+        return Path(
+            download_artifacts(f"runs:/{run_id}/{name or 'last.pt'}", tracking_uri=absolute(tracking_uri))
+        )
     except (MlflowException, OSError) as error:
         raise ConfigError(
             f"{key}={reference}: {tracking_uri} has no such run with a checkpoint"

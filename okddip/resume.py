@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from okddip import checkpoint
 from okddip.errors import ConfigError
-from okddip.tracking import flatten
+from okddip.tracking import absolute, flatten
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,9 @@ def folder_of(reference: str, tracking_uri: str | None) -> Path | None:
 
     try:
         tags = (
-            MlflowClient(tracking_uri).get_run(reference.removeprefix("runs:/").partition("/")[0]).data.tags
+            MlflowClient(absolute(tracking_uri))
+            .get_run(reference.removeprefix("runs:/").partition("/")[0])
+            .data.tags
         )
     except MlflowException:
         return None  # checkpoint.find says what is wrong

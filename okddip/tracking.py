@@ -108,10 +108,10 @@ class MLflow:
         from mlflow.tracking import MlflowClient
         from sqlalchemy.engine import make_url
 
-        url = make_url(self.uri)
-        if url.database in (None, "", ":memory:"):
+        if make_url(self.uri).database in (None, "", ":memory:"):
             raise ValueError("it would be gone with the run")
-        file = Path(str(url.database)).absolute()
+        uri = absolute(self.uri)
+        file = Path(str(make_url(uri).database))
         # MLflow creates a missing folder, and tries for minutes to open a file that cannot be opened.
         with closing(sqlite3.connect(file, timeout=OPEN_SECONDS)) as connection:
             connection.execute("PRAGMA schema_version")
@@ -120,7 +120,7 @@ class MLflow:
                 raise PermissionError(f"{place} cannot be written")
         # Processes that open a new store at once would create its tables in a race.
         with FileLock(f"{file}.lock", timeout=LOCK_SECONDS):
-            self._client = MlflowClient(url.set(database=str(file)).render_as_string())
+            self._client = MlflowClient(uri)
             # where an `mlflow server` that is started beside the file keeps artifacts too
             self._ensure_experiment((file.parent / "mlartifacts").as_uri())
 
@@ -371,6 +371,19 @@ class NoTracking:
 
     def finish(self, status: str) -> None:
         """There is nothing to end."""
+
+
+def absolute(uri: str) -> str:
+    """A store's URI with a SQLite file's path made absolute.
+
+    MLflow keeps an open store for each URI, and would find the one of a former working directory.
+    """
+    if not uri.startswith("sqlite:"):
+        return uri
+    from sqlalchemy.engine import make_url
+
+    url = make_url(uri)
+    return url.set(database=str(Path(str(url.database)).absolute())).render_as_string()
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, str]:
