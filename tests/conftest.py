@@ -1,4 +1,8 @@
 import os
+
+# Tests run in parallel, and so does each on its own; small networks gain nothing from threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import sys
 from collections.abc import Callable
 from pathlib import Path
