@@ -35,9 +35,9 @@ def save(state: dict[str, Any], folder: Path, *, best: bool) -> None:
         write(last.with_suffix(".new"), lambda file: torch.save(state, file))
         if last.exists():
             link(last, folder / "previous.pt")
+        if best:  # before `last.pt`: cut off between them, the epoch is trained again, with the same weights
+            link(last.with_suffix(".new"), folder / "best.pt")
         last.with_suffix(".new").replace(last)
-        if best:
-            link(last, folder / "best.pt")
     except BaseException as error:
         last.with_suffix(".new").unlink(missing_ok=True)
         if not isinstance(error, OSError | RuntimeError):
@@ -98,7 +98,9 @@ def load_or_previous(path: Path) -> dict[str, Any]:
         if path.name != "last.pt" or not previous.exists():
             raise
         log.warning("%s Taking %s, of the epoch before.", error, previous)
-        return load(previous)
+        state = load(previous)
+        previous.replace(path)  # or the next checkpoint would put the damaged one in its place
+        return state
 
 
 def find(key: str, reference: str, tracking_uri: str | None) -> Path:

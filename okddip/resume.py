@@ -81,7 +81,8 @@ def begin(config: DictConfig, folder: Path) -> Run:
     # downloaded from MLflow: the run's own folder is on another machine
     run = new(config, folder)
     run.state = checkpoint.load(path)
-    run.tracking_id = reference.removeprefix("runs:/").partition("/")[0]
+    if reference.startswith("runs:/"):
+        run.tracking_id = reference.removeprefix("runs:/").partition("/")[0]
     return run
 
 
@@ -95,7 +96,7 @@ def new(config: DictConfig, folder: Path) -> Run:
 def take_up(folder: Path) -> Run:
     """The run in `folder`, with its last whole checkpoint if it got as far."""
     run = Run(folder, lock(folder))
-    run.tracking_id = json.loads((folder / "run.json").read_text()).get("tracking_id")
+    run.tracking_id = json.loads((folder / "run.json").read_text()).get("tracking_id") or None
     if (folder / "last.pt").exists():
         run.state = checkpoint.load_or_previous(folder / "last.pt")
     forget_unfinished(run)

@@ -74,7 +74,9 @@ def train(
                     command=shlex.join(["okddip", *sys.argv[1:]]),
                     run_id=run.tracking_id,
                 )
-                resume.note(run, tracking_id=tracking_id)
+                resume.note(run, identity=resume.identity(config))  # of a longer run, a new one
+                if tracking_id:
+                    resume.note(run, tracking_id=tracking_id)
                 for epoch, timestamp_ms, results in resume.finished_epochs(run.folder):
                     parts.tracker.log(results, epoch, timestamp_ms)
             history = parts.trainer.fit(

@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -185,6 +186,7 @@ class Trainer:
                 for split, eval_loader in eval_loaders.items():
                     batches = self.progress(eval_loader.batches(epoch), len(eval_loader), split)
                     sums = self.evaluate(group, method, eval_step, batches, ramp)
+                    refuse_broken_losses(sums, epoch)
                     read = metrics.read(sums, method)
                     results |= {f"{split}/{name}": value for name, value in read.items()}
                 score = f"{judge}/top1"
@@ -378,8 +380,8 @@ def refuse_broken_losses(sums: metrics.Sums, epoch: int) -> None:
     if broken := metrics.broken_losses(sums):
         raise ConfigError(
             f"Epoch {epoch + 1}: {', '.join(broken)} is not finite. A lower optimizer.lr,"
-            " scheduler.warmup_epochs or trainer.gradient_clip may help. The last checkpoint is of the epoch"
-            " before."
+            " scheduler.warmup_epochs or trainer.gradient_clip may help. The last checkpoint, if there is"
+            " one, is of an epoch before."
         )
 
 
@@ -393,6 +395,8 @@ def append_metrics(folder: Path, epoch: int, timestamp_ms: int, results: dict[st
     try:
         with path.open("a") as file:
             file.write(json.dumps({"epoch": epoch, "timestamp_ms": timestamp_ms, **results}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be written ({error.strerror}). The last checkpoint is whole; make room and go on"

@@ -80,6 +80,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
     assert checkpoint.load_or_previous(tmp_path / "last.pt")["epoch"] == 0
     assert "last.pt: cannot be read" in caplog.text
     assert "previous.pt" in caplog.text
+    assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 0  # and it is what the next one follows
 
 
 class Malicious:

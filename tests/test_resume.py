@@ -165,6 +165,38 @@ def test_more_epochs_go_on_in_the_same_run(okddip: Okddip, tmp_path: Path, by_id
         assert len(client.get_metric_history(run.info.run_id, "test/top1")) == 6
 
 
+def test_a_longer_run_that_was_cut_off_is_found_again(
+    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert okddip(*SMALL, "tracking=none", "hydra.run.dir=runs/run").code == 0
+    longer = [*(part.replace("epochs=4", "epochs=6") for part in SMALL), "tracking=none"]
+    with monkeypatch.context() as patch:
+        cut_off(patch, epoch=5)
+        assert okddip(*longer, "trainer.resume=runs/run", "hydra.run.dir=runs/second").code == 1
+    answer = okddip(*longer, "trainer.resume=auto", "hydra.run.dir=runs/third")
+    assert "goes on after epoch 5" in answer.out
+    assert checkpoint.load(tmp_path / "runs" / "run" / "last.pt")["epoch"] == 5
+
+
+def test_a_loss_that_is_not_finite_in_an_evaluation_leaves_no_checkpoint(
+    okddip: Okddip, tmp_path: Path
+) -> None:
+    small = ("dataset=digits", "model=resnet8", "method=baseline", "trainer.epochs=1", "tracking=none")
+    answer = okddip(*small, "trainer.limit_batches=1", "optimizer.lr=1e30", "hydra.run.dir=run")
+    assert answer.code == 1
+    assert "Epoch 1: loss, hard_loss is not finite" in answer.err
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_run_that_began_without_tracking_goes_on_with_it(okddip: Okddip, tmp_path: Path) -> None:
+    assert okddip(*SMALL, "tracking=none", "hydra.run.dir=run").code == 0
+    answer = okddip(*SMALL, "hydra.run.dir=run", "trainer.resume=auto")
+    assert answer.code == 0, answer.err
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [run] = client.search_runs([client.get_experiment_by_name("okddip").experiment_id])
+    assert len(client.get_metric_history(run.info.run_id, "test/top1")) == 4
+
+
 def test_a_run_that_still_runs_is_not_taken_up(okddip: Okddip, tmp_path: Path) -> None:
     from okddip.resume import lock
 
