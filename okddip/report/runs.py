@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from okddip import resume
 from okddip.errors import ConfigError
-from okddip.tracking import MLflow
+from okddip.tracking import MLflow, absolute
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -31,8 +31,7 @@ def open_store(uri: str) -> "MlflowClient":
                 f"tracking.uri={uri}: there is no such store, {file} is no file. Start in the directory in"
                 " which the runs were started, or name their store."
             )
-        # MLflow keeps a store open by its address, in whatever directory the next one is asked for
-        uri = make_url(uri).set(database=str(file)).render_as_string(hide_password=False)
+        uri = absolute(uri)
     # Each store has the experiment "Default"; to open the one that is searched would create it.
     MLflow(uri, "Default").open()
     from mlflow.tracking import MlflowClient
