@@ -207,7 +207,7 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
     """The trained network of a checkpoint, if it knows the classes of the data set.
 
     Raises:
-        ConfigError: it was trained on other classes, or on images with other channels.
+        ConfigError: it was trained on other classes or channels, or cannot take images so small.
     """
     for what, theirs, ours in (
         ("classes", state["classes"], list(dataset.classes)),
@@ -219,7 +219,14 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
                 f" and dataset={config.options.dataset} has {ours}. Name a teacher trained on this data set."
             )
     group, method = restore(state)
-    return group.extract(method.kept)
+    teacher = group.extract(method.kept)
+    if min(dataset.image_size) < teacher.minimum_size:
+        raise Incompatible(
+            f"method.teacher={config.method.teacher}: takes images of at least {teacher.minimum_size} pixels"
+            f" a side, and those of dataset={config.options.dataset} have"
+            f" {'x'.join(map(str, dataset.image_size))}. Name a teacher trained on such images."
+        )
+    return teacher
 
 
 def make(key: str, node: DictConfig, **arguments: Any) -> Any:

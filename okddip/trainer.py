@@ -268,7 +268,10 @@ class Trainer:
             sums = metrics.accumulate(sums, batch_sums)
             if number % STEPS_BETWEEN_CHECKS == 0:
                 refuse_broken_losses(sums, epoch)
-        assert sums is not None
+        if sums is None:
+            raise ConfigError(
+                "The training set gives no batch: it needs at least two images that can be read."
+            )
         refuse_broken_losses(sums, epoch)
         return sums
 
@@ -309,7 +312,8 @@ class Trainer:
         for images, labels in batches:
             _, batch_sums = step(images, labels, ramp)
             sums = metrics.accumulate(sums, batch_sums)
-        assert sums is not None
+        if sums is None:
+            raise ConfigError("A split has no image that can be read, so there is nothing to evaluate on.")
         return sums
 
     def set_backend_flags(self) -> None:

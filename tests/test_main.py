@@ -9,6 +9,7 @@ import mlflow
 import pytest
 import torch
 from conftest import Answer
+from PIL import Image
 
 from okddip import checkpoint
 
@@ -155,6 +156,26 @@ def test_a_last_batch_of_one_image_is_left_out_of_training(okddip: Okddip, tmp_p
     )
     assert answer.code == 0, answer.err
     assert "359 test images" in answer.out  # and the test set's last image is evaluated alone
+
+
+def test_a_training_set_of_one_image_is_refused(okddip: Okddip, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "images" / split / "cat").mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "images" / split / "cat" / "0.png")
+    overrides = ("model=resnet8", "tracking=none", "dataset.mean=[0,0,0]", "dataset.std=[1,1,1]")
+    answer = okddip("dataset=image_folder", "dataset.root=images", *overrides)
+    assert answer.code == 1
+    assert "needs at least two images" in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_a_teacher_for_larger_images_is_refused(okddip: Okddip) -> None:
+    small = ("dataset=digits", "trainer.epochs=1", "trainer.limit_batches=1", "tracking=none")
+    teacher = ("method=baseline", "model=vgg16", "dataset.image_size=32", "trainer.batch_size=4")
+    assert okddip(*small, *teacher, "trainer.eval_batch_size=4", "hydra.run.dir=teacher").code == 0
+    answer = okddip(*small, "method=kd", "model=resnet8", "method.teacher=teacher")
+    assert answer.code == 1
+    assert "takes images of at least 32 pixels a side" in answer.err
 
 
 def test_multirun_sweeps_seeds(okddip: Okddip, tmp_path: Path) -> None:
