@@ -86,9 +86,15 @@ class Dataset:
         self.device_share = device_share
 
     def train_loader(
-        self, batch_size: int, device: torch.device, seed: int, channels_last: bool = False
+        self,
+        batch_size: int,
+        device: torch.device,
+        seed: int,
+        channels_last: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> TrainLoader:
-        """Shuffled, augmented batches of the training images."""
+        """Shuffled, augmented batches of the training images; of each batch a rank's share."""
         return TrainLoader(
             self.splits["train"],
             batch_size,
@@ -99,12 +105,20 @@ class Dataset:
             flip=self.flip,
             on_device=self._fits(device),
             channels_last=channels_last,
+            rank=rank,
+            ranks=ranks,
         )
 
     def eval_loader(
-        self, split: str, batch_size: int, device: torch.device, channels_last: bool = False
+        self,
+        split: str,
+        batch_size: int,
+        device: torch.device,
+        channels_last: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> EvalLoader:
-        """Batches of a split ("train", "test" or "val") in order, without augmentation."""
+        """Batches of a split ("train", "test" or "val") in order, without augmentation; a rank's share."""
         check_choice("split", split, self.splits)
         return EvalLoader(
             self.splits[split],
@@ -113,6 +127,8 @@ class Dataset:
             self._constants(device),
             on_device=self._fits(device),
             channels_last=channels_last,
+            rank=rank,
+            ranks=ranks,
         )
 
     def _constants(self, device: torch.device) -> Normalization:

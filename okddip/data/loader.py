@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from okddip.data.augment import Normalization, augment, draw, normalize
+from okddip.data.augment import Draws, Normalization, augment, draw, normalize
 from okddip.data.sources import Split
 
 
@@ -22,6 +22,16 @@ def batch_seed(seed: int, epoch: int, step: int) -> int:
     return seed_of(seed, epoch, step + 1)
 
 
+def share(size: int, rank: int, ranks: int) -> slice:
+    """The part of a batch of `size` images that a rank takes.
+
+    Parts are as equal as can be, and of two images at least (batch norm cannot normalise a single value) or
+    none.
+    """
+    sharing = max(1, min(ranks, size // 2))
+    return slice(min(rank, sharing) * size // sharing, min(rank + 1, sharing) * size // sharing)
+
+
 class _Loader:
     """What training and evaluation share: the images, their size in batches and the way to the device."""
 
@@ -33,9 +43,12 @@ class _Loader:
         constants: Normalization,
         on_device: bool,
         channels_last: bool,
+        rank: int,
+        ranks: int,
     ) -> None:
         self.size = len(split.labels)
         self.batch_size = batch_size
+        self.rank, self.ranks = rank, ranks
         self.device = device
         self.constants = constants
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -72,6 +85,8 @@ class TrainLoader(_Loader):
         pad, flip: see `augment`.
         on_device: whether the images are kept on `device` or stay on the host.
         channels_last: memory format of the batches.
+        rank, ranks: of each batch this loader gives the `share` of one rank, the same images as without
+            ranks.
     """
 
     def __init__(
@@ -86,8 +101,10 @@ class TrainLoader(_Loader):
         flip: bool,
         on_device: bool = True,
         channels_last: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        super().__init__(split, batch_size, device, constants, on_device, channels_last)
+        super().__init__(split, batch_size, device, constants, on_device, channels_last, rank, ranks)
         self.seed = seed
         self.pad = pad
         self.flip = flip
@@ -102,9 +119,10 @@ class TrainLoader(_Loader):
         order = torch.randperm(self.size, generator=shuffler, device=place)
         drawer = torch.Generator(self.device)
         for step, indices in enumerate(order.split(self.batch_size)[: len(self)]):
-            images, labels = self._take(indices)
+            part = share(len(indices), self.rank, self.ranks)
+            images, labels = self._take(indices[part])
             drawer.manual_seed(batch_seed(self.seed, epoch, step))
-            draws = draw(len(labels), drawer, self.pad, self.flip)
+            draws = Draws(*(x[part] for x in draw(len(indices), drawer, self.pad, self.flip)))
             yield augment(images, draws, self.constants, self.pad, self.memory_format), labels
 
 
@@ -120,11 +138,13 @@ class EvalLoader(_Loader):
         *,
         on_device: bool = True,
         channels_last: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        super().__init__(split, batch_size, device, constants, on_device, channels_last)
+        super().__init__(split, batch_size, device, constants, on_device, channels_last, rank, ranks)
 
     def batches(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [B, C, H, W] float32 and labels [B] on the device; the same in every epoch."""
         for indices in torch.arange(self.size, device=self.images.device).split(self.batch_size):
-            images, labels = self._take(indices)
+            images, labels = self._take(indices[share(len(indices), self.rank, self.ranks)])
             yield normalize(images, self.constants, self.memory_format), labels

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from okddip.data.augment import Normalization, normalization, normalize
 from okddip.data.folder import read_image, scan
-from okddip.data.loader import batch_seed, seed_of
+from okddip.data.loader import batch_seed, seed_of, share
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
 from okddip.errors import ConfigError, check_choice
@@ -127,20 +127,48 @@ class StreamingDataset:
             )
 
     def train_loader(
-        self, batch_size: int, device: torch.device, seed: int, channels_last: bool = False
+        self,
+        batch_size: int,
+        device: torch.device,
+        seed: int,
+        channels_last: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> "StreamingLoader":
-        """Shuffled, augmented batches of the training images."""
+        """Shuffled, augmented batches of the training images; of each batch a rank's share."""
         return StreamingLoader(
-            self, self.splits["train"], self.train_transform, batch_size, device, channels_last, seed=seed
+            self,
+            self.splits["train"],
+            self.train_transform,
+            batch_size,
+            device,
+            channels_last,
+            seed=seed,
+            rank=rank,
+            ranks=ranks,
         )
 
     def eval_loader(
-        self, split: str, batch_size: int, device: torch.device, channels_last: bool = False
+        self,
+        split: str,
+        batch_size: int,
+        device: torch.device,
+        channels_last: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> "StreamingLoader":
-        """Batches of a split ("train", "test" or "val") in order, without augmentation."""
+        """Batches of a split ("train", "test" or "val") in order, without augmentation; a rank's share."""
         check_choice("split", split, self.splits)
         return StreamingLoader(
-            self, self.splits[split], self.test_transform, batch_size, device, channels_last, seed=None
+            self,
+            self.splits[split],
+            self.test_transform,
+            batch_size,
+            device,
+            channels_last,
+            seed=None,
+            rank=rank,
+            ranks=ranks,
         )
 
 
@@ -154,6 +182,7 @@ class StreamingLoader:
 
     Args:
         seed: None for all images in order.
+        rank, ranks: see `okddip.data.loader.TrainLoader`.
     """
 
     def __init__(
@@ -166,7 +195,11 @@ class StreamingLoader:
         channels_last: bool,
         *,
         seed: int | None,
+        rank: int,
+        ranks: int,
     ) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.image_size = dataset.image_size
         self.size = len(files.labels)
         self.skipped = 0  # images left out so far because they cannot be read
         self.batch_size = batch_size
@@ -191,8 +224,7 @@ class StreamingLoader:
         # workers live as long as this iterator: leaving it early ends them
         loader = DataLoader(
             self.samples,
-            sampler=_Order(self.size, self.seed, epoch),
-            batch_size=self.batch_size,
+            batch_sampler=self._draws(epoch),
             collate_fn=_collate,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
@@ -205,10 +237,26 @@ class StreamingLoader:
                 self.skipped += 1
                 log.warning("Skipped (%d so far): %s", self.skipped, error)
             alone = 1 if self.seed is not None else 0  # batch norm cannot normalise a single value
-            if len(labels) > alone:
+            if len(labels) <= alone:
+                images, labels = torch.empty(0, *self.image_size, 3, dtype=torch.uint8), labels[:0]
+            if len(labels) or self.ranks > 1:  # other ranks may have images of this batch
                 images = images.to(self.device, non_blocking=True)  # [B, H, W, 3] uint8
                 labels = labels.to(self.device, non_blocking=True)
                 yield normalize(images, self.constants, self.memory_format), labels
+
+    def _draws(self, epoch: int) -> Iterator[list["Draw"]]:
+        """What each batch consists of. An image's draws hang on its place in the epoch, neither on the worker
+        that decodes it nor on the rank."""
+        order = torch.arange(self.size)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            order = torch.randperm(self.size, generator=generator)
+        for first in range(0, self.size, self.batch_size):
+            places = range(first, min(first + self.batch_size, self.size))
+            yield [
+                Draw(int(order[place]), None if self.seed is None else batch_seed(self.seed, epoch, place))
+                for place in places[share(len(places), self.rank, self.ranks)]
+            ]
 
 
 class Draw(NamedTuple):
@@ -216,25 +264,6 @@ class Draw(NamedTuple):
 
     image: int
     seed: int | None
-
-
-class _Order:
-    """The order of an epoch; an image's draws hang on its place in it, not on the worker that decodes it."""
-
-    def __init__(self, size: int, seed: int | None, epoch: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[Draw]:
-        if self.seed is None:
-            yield from (Draw(index, None) for index in range(self.size))
-            return
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        order = torch.randperm(self.size, generator=generator)
-        for place, index in enumerate(order.tolist()):
-            yield Draw(index, batch_seed(self.seed, self.epoch, place))
 
 
 class _Samples(MapDataset):
