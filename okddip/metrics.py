@@ -32,9 +32,11 @@ def count(losses: Losses, labels: Tensor, auxiliary: int | None = None) -> Sums:
     if classes >= 5:
         sums["top5"] = hits.sum((1, 2))
     if auxiliary is not None:
-        sums |= {name: value * batch for name, value in losses.means.items()}
+        means = dict(losses.means)
         if auxiliary > 1:
-            sums["diversity"] = diversity(losses.predictions[:auxiliary]) * batch
+            means["diversity"] = diversity(losses.predictions[:auxiliary])
+        # the mean over a rank's empty share of a batch is not a number
+        sums |= {name: value * batch if batch else torch.zeros_like(value) for name, value in means.items()}
     return {name: value.detach() for name, value in sums.items()}
 
 

@@ -96,7 +96,7 @@ class Method(nn.Module):
 
         Args:
             output: logits [P, B, K], features [P, B, D], trunk [B, c, h, w] or None.
-            labels: [B].
+            labels: [B]. B is 0 where a short batch leaves nothing for a rank; the loss is then 0.
             ramp: 0-dim, weight of the distillation terms in this epoch. A tensor, since a compiled step
                 would be compiled anew for each value of a Python float.
         """

@@ -16,7 +16,8 @@ def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels: [B], class indices.
     """
     peers, batch, _ = logits.shape
-    return F.cross_entropy(logits.flatten(0, 1), labels.repeat(peers), reduction="sum") / batch
+    total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(peers), reduction="sum")
+    return total / max(batch, 1)  # 0 for a rank's empty share of a batch
 
 
 def soft_loss(logits: Tensor, log_targets: Tensor, temperature: float, kind: str = "kl") -> Tensor:
@@ -36,7 +37,7 @@ def soft_loss(logits: Tensor, log_targets: Tensor, temperature: float, kind: str
         cost = F.kl_div(log_predictions, log_targets, reduction="sum", log_target=True)
     else:
         cost = -(log_targets.exp() * log_predictions).sum()
-    return cost * (temperature**2 / logits.shape[-2])
+    return cost * (temperature**2 / max(logits.shape[-2], 1))
 
 
 def log_softened(logits: Tensor, temperature: float) -> Tensor:
