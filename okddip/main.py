@@ -20,10 +20,10 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.utils import get_method, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from okddip import sweep
+from okddip import distributed, sweep
 from okddip.errors import ConfigError, Incompatible, check_number
 from okddip.usage import usage
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 # In a wheel conf/ and multirun_presets/ travel inside the package; in a checkout they stand beside it.
 PACKAGE = Path(__file__).resolve().parent
 CONFIG_HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
+
+TASKS_OF_RANKS = ("okddip.tasks.train", "okddip.benchmark.benchmark")
 
 
 class PresetSearchPath(SearchPathPlugin):
@@ -53,9 +55,19 @@ class CheckOutputFolder(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self.check("hydra.run.dir", config)
+        if distributed.rank() > 0:
+            write_nothing(config)
+        else:
+            self.check("hydra.run.dir", config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if distributed.ranks() > 1:
+            print(
+                "A sweep does not run under torchrun: start torchrun for each run, or give the jobs a machine"
+                " each with hydra/launcher=submitit_slurm.",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
         self.check("hydra.sweep.dir", config)
 
     def check(self, key: str, config: DictConfig) -> None:
@@ -78,6 +90,14 @@ class CheckOutputFolder(Callback):
             raise SystemExit(1)
 
 
+def write_nothing(config: DictConfig) -> None:
+    """Keep Hydra from making a folder and a log file on a rank that is not the first."""
+    with open_dict(config), read_write(config):
+        config.hydra.run.dir = "."
+        config.hydra.output_subdir = None
+        config.hydra.job_logging = {"version": 1, "root": {"level": "CRITICAL"}}
+
+
 Plugins.instance().register(PresetSearchPath)
 
 
@@ -87,8 +107,13 @@ def main(config: DictConfig) -> Any:
     task = partial(get_method(config.task._target_), build=build)
     if sweep.is_job():
         return sweep.job(config, check, task)
-    check(config)
-    return task(config)
+    with distributed.process_group():
+        if distributed.ranks() > 1 and config.task._target_ not in TASKS_OF_RANKS:
+            raise ConfigError(
+                f"{config.task._target_}: this task takes one process; start it without torchrun."
+            )
+        check(config)
+        return task(config)
 
 
 def check(config: DictConfig) -> None:
@@ -122,6 +147,7 @@ def build(config: DictConfig) -> Parts:
     from okddip.data.options import check_options
     from okddip.models.group import PeerGroup
     from okddip.tasks import Parts
+    from okddip.tracking import NoTracking
 
     trainer = make("trainer", config.trainer)
     schedule = make("scheduler", config.scheduler, epochs=trainer.epochs)
@@ -145,7 +171,7 @@ def build(config: DictConfig) -> Parts:
         trunk_channels=probe.trunk_channels,
         epochs=trainer.epochs,
     )
-    tracker = make("tracking", config.tracking)
+    tracker = make("tracking", config.tracking) if distributed.rank() == 0 else NoTracking()
     tracker.open()
     teacher = None
     if reference := config.method.get("teacher"):
@@ -153,10 +179,13 @@ def build(config: DictConfig) -> Parts:
             from okddip.teacher import provide
 
             reference = provide(config, build)
-        path = checkpoint.find("method.teacher", reference, config.tracking.get("uri"))
-        teacher = checkpoint.load(path)
+        uri = config.tracking.get("uri")
+        teacher = distributed.from_rank_0(
+            lambda: checkpoint.load(checkpoint.find("method.teacher", reference, uri))
+        )
 
-    dataset = make("dataset", config.dataset)
+    with distributed.first_on_this_machine():
+        dataset = make("dataset", config.dataset)
     if min(dataset.image_size) < probe.minimum_size:
         raise Incompatible(
             f"model={config.options.model}: takes images of at least {probe.minimum_size} pixels a side, and"
@@ -177,6 +206,8 @@ def build(config: DictConfig) -> Parts:
     )
     group.to(**place)
     method.to(trainer.device)
+    if trainer.sync_batch_norm and distributed.ranks() > 1:
+        group, method = map(torch.nn.SyncBatchNorm.convert_sync_batchnorm, (group, method))
     optimizer = make_optimizer([*group.parameters(), *method.parameters()])
     return Parts(trainer, tracker, dataset, group, method, optimizer, schedule)
 

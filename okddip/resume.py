@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,7 @@ class Run:
     """A run on disk."""
 
     folder: Path
-    lock: AcquireReturnProxy  # held as long as a process works on the run
+    lock: AbstractContextManager[Any]  # held as long as a process works on the run
     state: dict[str, Any] | None = None  # its last checkpoint, if it goes on from one
     tracking_id: str | None = None  # of the MLflow run it goes on with
 
@@ -55,13 +56,14 @@ def begin(config: DictConfig, folder: Path) -> Run:
     """Find the run that `trainer.resume` names, or begin a new one in `folder`.
 
     `auto` finds the newest run with this very configuration among the neighbours of `folder`, and begins a
-    new one if there is none. A job that Slurm requeued resumes as with `auto`.
+    new one if there is none. What Slurm requeued or torchrun restarted resumes as with `auto`.
 
     Raises:
         ConfigError: there is no such run, it was made with other settings, or it is still running.
     """
     reference = config.trainer.resume
-    if reference is None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+    restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    if reference is None and any(count != "0" for count in restarts):
         reference = "auto"
     if reference is None:
         return new(config, folder)

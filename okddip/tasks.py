@@ -4,6 +4,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 
 import okddip
-from okddip import resume, sweep, tracking
+from okddip import distributed, resume, sweep, tracking
 from okddip.data.dataset import Dataset
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
@@ -50,35 +51,15 @@ def train(
     Returns:
         Top-1 of the primary predictor after the last epoch, in percent.
     """
-    run = resume.begin(config, teacher_folder or Path(HydraConfig.get().runtime.output_dir))
+    run = begin_together(config, teacher_folder or Path(HydraConfig.get().runtime.output_dir))
     with run.lock, stop_on_signals():
         parts = build(config)
         settings = cast(dict[str, Any], OmegaConf.to_container(config))
         describe(config, parts, run)
         try:
-            with unstopped():
-                tracking_id = parts.tracker.start(
-                    name=config.name,
-                    params=settings,
-                    tags={
-                        **{name: str(option) for name, option in config.options.items()},
-                        "peers": str(parts.method.peers),
-                        "structure": parts.method.structure,
-                        "seed": str(config.seed),
-                        "device": str(parts.trainer.device),
-                        "identity": resume.identity(config),
-                        "folder": str(run.folder),
-                        **({} if teacher_folder else sweep.tags()),
-                    },
-                    config_yaml=OmegaConf.to_yaml(config),
-                    command=shlex.join(["okddip", *sys.argv[1:]]),
-                    run_id=run.tracking_id,
-                )
-                resume.note(run, identity=resume.identity(config))  # of a longer run, a new one
-                if tracking_id:
-                    resume.note(run, tracking_id=tracking_id)
-                for epoch, timestamp_ms, results in resume.finished_epochs(run.folder):
-                    parts.tracker.log(results, epoch, timestamp_ms)
+            if distributed.rank() == 0:
+                with unstopped():
+                    open_tracking(config, parts, run, extra_tags={} if teacher_folder else sweep.tags())
             history = parts.trainer.fit(
                 group=parts.group,
                 method=parts.method,
@@ -105,24 +86,58 @@ def train(
                 "best/top1": best["test/top1"],
                 "best/epoch": best["epoch"],
             }
-            with unstopped():
-                *_, (epoch, timestamp_ms, _) = resume.finished_epochs(run.folder)
-                parts.tracker.log(summary, epoch, timestamp_ms)
-                if parts.tracker.checkpoints:
-                    for name in ("last.pt", "best.pt"):
-                        parts.tracker.log_artifact(run.folder / name)
+            if distributed.rank() == 0:
+                with unstopped():
+                    *_, (epoch, timestamp_ms, _) = resume.finished_epochs(run.folder)
+                    parts.tracker.log(summary, epoch, timestamp_ms)
+                    if parts.tracker.checkpoints:
+                        for name in ("last.pt", "best.pt"):
+                            parts.tracker.log_artifact(run.folder / name)
         except Exception:
             if parts.tracker.run_id:
                 parts.tracker.finish("FAILED")
             raise
         except BaseException:
             if parts.tracker.run_id:
-                parts.tracker.finish("KILLED")
+                parts.tracker.finish("FAILED" if distributed.another_failed() else "KILLED")
             log.info("Stopped. Go on with: %s", resume.command())
             raise
         parts.tracker.finish("FINISHED")
     log_table(history, parts.method)
     return last["test/top1"]
+
+
+def begin_together(config: DictConfig, folder: Path) -> resume.Run:
+    """The run that rank 0 finds or begins, for all ranks."""
+    run = resume.begin(config, folder) if distributed.rank() == 0 else None
+    folder, state = distributed.from_rank_0(lambda: (run.folder, run.state) if run else (folder, None))
+    return run or resume.Run(folder, nullcontext(), state)
+
+
+def open_tracking(config: DictConfig, parts: Parts, run: resume.Run, extra_tags: dict[str, str]) -> None:
+    """Tell the tracker what is run, or goes on, and all that is known of its finished epochs."""
+    tracking_id = parts.tracker.start(
+        name=config.name,
+        params=cast(dict[str, Any], OmegaConf.to_container(config)),
+        tags={
+            **{name: str(option) for name, option in config.options.items()},
+            "peers": str(parts.method.peers),
+            "structure": parts.method.structure,
+            "seed": str(config.seed),
+            "device": str(parts.trainer.device),
+            "identity": resume.identity(config),
+            "folder": str(run.folder),
+            **extra_tags,
+        },
+        config_yaml=OmegaConf.to_yaml(config),
+        command=shlex.join(["okddip", *sys.argv[1:]]),
+        run_id=run.tracking_id,
+    )
+    resume.note(run, identity=resume.identity(config))  # of a longer run, a new one
+    if tracking_id:
+        resume.note(run, tracking_id=tracking_id)
+    for epoch, timestamp_ms, results in resume.finished_epochs(run.folder):
+        parts.tracker.log(results, epoch, timestamp_ms)
 
 
 def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
@@ -133,6 +148,7 @@ def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
     peers = f"{method.peers} peers ({method.structure})" if method.peers > 1 else "1 student"
     sizes = ", ".join(f"{size:,} {split}" for split, size in dataset.sizes.items())
     height, width = dataset.image_size
+    ranks = f" and {distributed.ranks() - 1} more" if distributed.ranks() > 1 else ""
     compiled = f", compiled ({trainer.compile_mode})" if trainer.compile else ""
     log.info(
         "method     %s, %s\n"
@@ -143,7 +159,7 @@ def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
         *(config.options.method, peers),
         *(config.options.model, f"{plain:,}", f"{trained:,}"),
         *(config.options.dataset, sizes, dataset.channels, height, width, len(dataset.classes)),
-        *(trainer.device, trainer.precision, compiled),
+        *(f"{trainer.device}{ranks}", trainer.precision, compiled),
         *(run.folder, f"; goes on after epoch {run.state['epoch'] + 1}" if run.state else ""),
     )
 

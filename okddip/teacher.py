@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from okddip import resume, sweep, tasks
+from okddip import distributed, resume, sweep, tasks
 from okddip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,17 +40,25 @@ def provide(config: DictConfig, build: Callable[[DictConfig], tasks.Parts]) -> s
         ConfigError: there is no such model, or the teacher's run fails.
     """
     teacher = configuration(config)
-    with sweep.only_one(teacher):
-        run = sweep.finished_run(teacher)
-        if run is not None:
-            log.info("teacher    %s, finished as MLflow run %s", teacher.name, run.info.run_id)
-            return where(run)
+    with sweep.only_one(teacher) if distributed.rank() == 0 else nullcontext():
+        if found := distributed.from_rank_0(lambda: finished(teacher)):
+            return found
         # always the same folder: a teacher that was cut off is found there, with or without a store
         folder = Path("outputs", teacher.name, resume.identity(teacher)).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
         log.info("teacher    %s, trained first", teacher.name)
+        if distributed.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
         tasks.train(teacher, build, folder)
-        return str(resume.newest(teacher, folder))
+        return distributed.from_rank_0(lambda: str(resume.newest(teacher, folder)))
+
+
+def finished(teacher: DictConfig) -> str | None:
+    """Where the checkpoint of a teacher is that was trained before."""
+    run = sweep.finished_run(teacher)
+    if run is None:
+        return None
+    log.info("teacher    %s, finished as MLflow run %s", teacher.name, run.info.run_id)
+    return where(run)
 
 
 def configuration(config: DictConfig) -> DictConfig:

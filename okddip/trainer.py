@@ -6,16 +6,17 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from okddip import checkpoint, metrics
+from okddip import checkpoint, distributed, metrics
 from okddip.data.dataset import Dataset
 from okddip.data.loader import seed_of
 from okddip.errors import ConfigError, check_choice, check_number
@@ -33,12 +34,12 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 # A loss that is not finite stops the run, but not by a wait for the device in each step.
 STEPS_BETWEEN_CHECKS = 50
 
-# (images [B, C, H, W], labels [B], ramp 0-dim) -> loss 0-dim, sums over the batch
-ForwardStep = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, metrics.Sums]]
-
 
 class Trainer:
-    """Trains a group of peers on one device. Its settings are those of conf/trainer."""
+    """Trains a group of peers on one device, or each of several ranks on its own.
+
+    Its settings are those of conf/trainer.
+    """
 
     def __init__(
         self,
@@ -57,6 +58,8 @@ class Trainer:
         tf32: bool,
         cudnn_benchmark: bool,
         gradient_clip: float | None,
+        accumulate: int,
+        sync_batch_norm: bool,
         resume: str | None,
         rerun: bool,
     ) -> None:
@@ -75,12 +78,21 @@ class Trainer:
         }.items():
             check_number(f"trainer.{key}", number, minimum=1, integer=True)
         check_number("trainer.batch_size", batch_size, minimum=2, integer=True)  # batch norm needs two images
+        check_number("trainer.accumulate", accumulate, minimum=1, integer=True)
+        parts = distributed.ranks() * accumulate
+        if batch_size % parts or batch_size // parts < 2:
+            raise ConfigError(
+                f"trainer.batch_size={batch_size}: must be divisible by ranks x trainer.accumulate ="
+                f" {distributed.ranks()} x {accumulate}, and leave at least 2 images for each part. It counts"
+                " the images of an update, over all ranks."
+            )
         for key, switch in {
             "channels_last": channels_last,
             "compile": compile,
             "fused": fused,
             "tf32": tf32,
             "cudnn_benchmark": cudnn_benchmark,
+            "sync_batch_norm": sync_batch_norm,
             "rerun": rerun,
         }.items():
             check_choice(f"trainer.{key}", switch, (True, False))
@@ -97,6 +109,11 @@ class Trainer:
         self.limit_batches = limit_batches
         self.device = find_device(device)
         on_cuda = self.device.type == "cuda"
+        if sync_batch_norm and not on_cuda:
+            raise ConfigError(
+                "trainer.sync_batch_norm=true: PyTorch synchronises batch norm on CUDA only. On the CPU each"
+                " rank normalises its own share of a batch."
+            )
         self.precision = ("bf16" if on_cuda else "fp32") if precision == "auto" else precision
         self.channels_last = channels_last
         self.compile = compile
@@ -104,6 +121,8 @@ class Trainer:
         self.tf32 = tf32
         self.cudnn_benchmark = cudnn_benchmark
         self.gradient_clip = gradient_clip
+        self.accumulate = accumulate
+        self.sync_batch_norm = sync_batch_norm
 
     def fit(
         self,
@@ -127,7 +146,7 @@ class Trainer:
             schedule: factor of the learning rate by epoch.
             dataset: what to train and evaluate on.
             tracker: gets the metrics of each epoch.
-            folder: gets checkpoints and `metrics.jsonl`.
+            folder: gets checkpoints and `metrics.jsonl`, from rank 0.
             seed: of permutations, augmentation and dropout.
             description: goes into each checkpoint.
             state: the checkpoint of the run's last finished epoch, to go on from.
@@ -140,11 +159,14 @@ class Trainer:
             ConfigError: a loss is not finite, or a file cannot be written.
         """
         self.set_backend_flags()
-        train_step = self.forward_step(group, method, diversity=False)
+        rank, ranks = distributed.rank(), distributed.ranks()
+        train_step = distributed.synchronise(self.forward_step(group, method, diversity=False))
         eval_step = self.forward_step(group, method, diversity=True)
-        loader = dataset.train_loader(self.batch_size, self.device, seed, self.channels_last)
+        loader = dataset.train_loader(self.batch_size, self.device, seed, self.channels_last, rank, ranks)
         eval_loaders = {
-            split: dataset.eval_loader(split, self.eval_batch_size, self.device, self.channels_last)
+            split: dataset.eval_loader(
+                split, self.eval_batch_size, self.device, self.channels_last, rank, ranks
+            )
             for split in dataset.sizes
             if split != "train"
         }
@@ -167,7 +189,7 @@ class Trainer:
             for parameters, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 parameters["lr"] = rate * schedule(epoch)
             ramp.fill_(method.ramp(epoch))
-            torch.manual_seed(seed_of(seed, epoch, 0, 1))  # dropout draws from the default generator
+            torch.manual_seed(seed_of(seed, epoch, rank, 1))  # dropout draws from the default generator
 
             results = {
                 "train/lr": optimizer.param_groups[0]["lr"],
@@ -176,6 +198,7 @@ class Trainer:
             start = time.perf_counter()
             batches = self.progress(loader.batches(epoch), len(loader), f"epoch {epoch + 1}/{self.epochs}")
             sums = self.train_epoch(group, method, train_step, optimizer, scaler, batches, ramp, epoch)
+            distributed.average_buffers(group, method)
             read = metrics.read(sums, method)  # waits for the device
             results["train/images_per_second"] = int(sums["images"]) / (time.perf_counter() - start)
             results |= {f"train/{name}": value for name, value in read.items()}
@@ -195,11 +218,7 @@ class Trainer:
                     history["best"] = {"epoch": epoch, **results}
                 history["last"] = {"epoch": epoch, **results}
             self.log_epoch(epoch, results, history, judge)
-            # In this order a run cut off anywhere here is resumed with no metric missing or doubled: the
-            # checkpoint decides which epochs are done, and the tracker is told of them from the file.
-            with unstopped():
-                timestamp_ms = time.time_ns() // 1_000_000
-                append_metrics(folder, epoch, timestamp_ms, results)
+            if rank == 0:
                 state = {
                     **description,
                     "epoch": epoch,
@@ -210,45 +229,27 @@ class Trainer:
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
                 }
-                checkpoint.save(state, folder, best=is_best)
-                tracker.log(results, epoch, timestamp_ms)
+                keep(state, folder, tracker, best=is_best)
             if epoch == first_epoch and not is_last:
                 log_expected_end(started, self.epochs - 1 - epoch)
         return history
 
-    def forward_step(self, group: PeerGroup, method: Method, *, diversity: bool) -> ForwardStep:
-        """The forward pass, the losses and the metrics of one batch, compiled if the settings say so.
-
-        A batch smaller than the first, the last one of an epoch, runs uncompiled rather than being compiled
-        for its size.
-        """
-        dtype = PRECISIONS[self.precision]
-        device = self.device.type
-        auxiliary = method.auxiliary if diversity else None
-
-        def step(images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
-            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-                output = group(images)
-            losses = method(output, labels, ramp)
-            return losses.total, metrics.count(losses, labels, auxiliary)
-
-        if not self.compile:
-            return step
-        compiled = torch.compile(step, mode=self.compile_mode, dynamic=False)
-        full_batch: list[int] = []
-
-        def compiled_step(images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
-            if not full_batch:
-                full_batch.append(len(images))
-            return (compiled if len(images) == full_batch[0] else step)(images, labels, ramp)
-
-        return compiled_step
+    def forward_step(self, group: PeerGroup, method: Method, *, diversity: bool) -> "ForwardStep":
+        """The forward pass, the losses and the metrics of one batch."""
+        return ForwardStep(
+            group,
+            method,
+            device=self.device.type,
+            dtype=PRECISIONS[self.precision],
+            auxiliary=method.auxiliary if diversity else None,
+            compile_mode=self.compile_mode if self.compile else None,
+        )
 
     def train_epoch(
         self,
         group: PeerGroup,
         method: Method,
-        step: ForwardStep,
+        step: nn.Module,
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         batches: Iterable[tuple[Tensor, Tensor]],
@@ -272,21 +273,38 @@ class Trainer:
             raise ConfigError(
                 "The training set gives no batch: it needs at least two images that can be read."
             )
+        distributed.sum_over_ranks(sums)
         refuse_broken_losses(sums, epoch)
         return sums
 
     def train_step(
         self,
-        step: ForwardStep,
+        step: nn.Module,
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         images: Tensor,
         labels: Tensor,
         ramp: Tensor,
     ) -> metrics.Sums:
-        """One update of all parameters; reads nothing back from the device."""
-        loss, sums = step(images, labels, ramp)
-        scaler.scale(loss).backward()
+        """One update of all parameters; reads nothing back from the device.
+
+        Args:
+            step: a `ForwardStep`, synchronised over ranks.
+            optimizer, scaler: of the parameters, of the loss.
+            images: this rank's share of a batch [B, C, H, W].
+            labels: [B].
+            ramp: 0-dim.
+
+        Returns:
+            Sums over the share.
+        """
+        # parts of two images at least: batch norm cannot normalise a single value
+        parts = max(1, min(self.accumulate, len(labels) // 2))
+        if parts == 1 and distributed.ranks() == 1:
+            loss, sums = step(images, labels, ramp)
+            scaler.scale(loss).backward()
+        else:
+            sums = self.backward_in_parts(step, scaler, images, labels, ramp, parts)
         if self.gradient_clip is not None:
             scaler.unscale_(optimizer)
             parameters = [p for parameters in optimizer.param_groups for p in parameters["params"]]
@@ -296,16 +314,44 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return sums
 
+    def backward_in_parts(
+        self,
+        step: nn.Module,
+        scaler: torch.amp.GradScaler,
+        images: Tensor,
+        labels: Tensor,
+        ramp: Tensor,
+        parts: int,
+    ) -> metrics.Sums:
+        """The gradient of a batch of which each rank has a share, and takes it in so many parts.
+
+        Each part's mean loss is weighted by its images, so that the gradient is that of the whole batch.
+        """
+        weight = distributed.weight_of_share(len(labels), self.device) / max(len(labels), 1)
+        chunks = list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
+        sums = None
+        for number, (some_images, some_labels) in enumerate(chunks, 1):
+            with nullcontext() if number == parts else distributed.unsynchronised(step):
+                loss, chunk_sums = step(some_images, some_labels, ramp)
+                scaler.scale(loss * (weight * len(some_labels))).backward()
+            sums = metrics.accumulate(sums, chunk_sums)
+        assert sums is not None
+        return sums
+
     @torch.no_grad()
     def evaluate(
         self,
         group: PeerGroup,
         method: Method,
-        step: ForwardStep,
+        step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, metrics.Sums]],
         batches: Iterable[tuple[Tensor, Tensor]],
         ramp: Tensor,
     ) -> metrics.Sums:
-        """One pass over the batches of a split; nothing is read back from the device."""
+        """One pass over the batches of a split; no batch's results are read back from the device.
+
+        Returns:
+            Sums over the split, the shares of all ranks together.
+        """
         group.eval()
         method.eval()
         sums = None
@@ -314,6 +360,7 @@ class Trainer:
             sums = metrics.accumulate(sums, batch_sums)
         if sums is None:
             raise ConfigError("A split has no image that can be read, so there is nothing to evaluate on.")
+        distributed.sum_over_ranks(sums)
         return sums
 
     def set_backend_flags(self) -> None:
@@ -330,7 +377,8 @@ class Trainer:
     ) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches up to the limit; with a progress bar in a terminal."""
         length = min(length, self.limit_batches or length)
-        return tqdm(islice(batches, length), desc=name, total=length, leave=False, disable=None)
+        hidden = True if distributed.rank() > 0 else None  # None: where there is no terminal
+        return tqdm(islice(batches, length), desc=name, total=length, leave=False, disable=hidden)
 
     def log_epoch(
         self, epoch: int, results: dict[str, float], history: dict[str, dict[str, float]], judge: str
@@ -350,15 +398,62 @@ class Trainer:
         log.info("  ".join(fields))
 
 
+class ForwardStep(nn.Module):
+    """The forward pass, the losses and the metrics of one batch, compiled if the settings say so.
+
+    Args:
+        group, method: whose parameters are learned.
+        device, dtype: of autocast; no dtype for none.
+        auxiliary: see `metrics.count`.
+        compile_mode: None for not compiled.
+    """
+
+    def __init__(
+        self,
+        group: PeerGroup,
+        method: Method,
+        *,
+        device: str,
+        dtype: torch.dtype | None,
+        auxiliary: int | None,
+        compile_mode: str | None,
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.method = method
+        self.device = device
+        self.dtype = dtype
+        self.auxiliary = auxiliary
+        self.compiled = compile_mode and torch.compile(self.step, mode=compile_mode, dynamic=False)
+        self.full_batch = 0
+
+    def forward(self, images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
+        """Map images [B, C, H, W], labels [B] and ramp 0-dim to the loss, 0-dim, and sums over the batch.
+
+        A batch smaller than the first, the last one of an epoch, runs uncompiled rather than being compiled
+        for its size.
+        """
+        self.full_batch = self.full_batch or len(images)
+        step = self.compiled if self.compiled and len(images) == self.full_batch else self.step
+        return step(images, labels, ramp)
+
+    def step(self, images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
+        with torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None):
+            output = self.group(images)
+        losses = self.method(output, labels, ramp)
+        return losses.total, metrics.count(losses, labels, self.auxiliary)
+
+
 def find_device(name: str) -> torch.device:
     """The device a setting names; `auto` is CUDA if there is one, else the CPU.
 
     Raises:
         ConfigError: there is no such device.
     """
+    several = distributed.ranks() > 1
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return find_device("cuda")
         log.info("No CUDA device: training on the CPU.")
         return torch.device("cpu")
     try:
@@ -367,6 +462,17 @@ def find_device(name: str) -> torch.device:
         raise ConfigError(f"trainer.device={name}: must be auto, cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"trainer.device={name}: must be auto, cpu, cuda or cuda:N.")
+    if several and device.type == "cuda":
+        if device.index is not None:
+            raise ConfigError(f"trainer.device={name}: each rank takes a device of its own; give cuda.")
+        device = torch.device("cuda", distributed.local_rank())
+        if distributed.local_rank() >= torch.cuda.device_count():
+            raise ConfigError(
+                f"trainer.device={name}: rank {distributed.rank()} finds no device of its own, PyTorch sees"
+                f" {torch.cuda.device_count()}. Start as many processes as there are devices"
+                " (torchrun --nproc-per-node), or use trainer.device=cpu."
+            )
+        torch.cuda.set_device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"trainer.device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here."
@@ -387,6 +493,22 @@ def refuse_broken_losses(sums: metrics.Sums, epoch: int) -> None:
             " scheduler.warmup_epochs or trainer.gradient_clip may help. The last checkpoint, if there is"
             " one, is of an epoch before."
         )
+
+
+def keep(state: dict[str, Any], folder: Path, tracker: MLflow | NoTracking, *, best: bool) -> None:
+    """Write down and log what an epoch has come to.
+
+    In this order a run cut off anywhere here is resumed with no metric missing or doubled: the checkpoint
+    decides which epochs are done, and the tracker is told of them from the file.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
+    with unstopped():
+        timestamp_ms = time.time_ns() // 1_000_000
+        append_metrics(folder, state["epoch"], timestamp_ms, state["metrics"])
+        checkpoint.save(state, folder, best=best)
+        tracker.log(state["metrics"], state["epoch"], timestamp_ms)
 
 
 def append_metrics(folder: Path, epoch: int, timestamp_ms: int, results: dict[str, float]) -> None:

@@ -1,0 +1,186 @@
+"""Several processes that train one group of peers (torchrun): who is who, and where it matters.
+
+Without torchrun there is one rank, and everything here does nothing. PyTorch is imported where it is used, so
+that the program can ask for its rank before it composes a configuration.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+
+# Longer than rank 0 needs for what it does alone, such as decoding a data set; then a rank that hangs ends
+# the run.
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+def rank() -> int:
+    """Which of the processes this is; rank 0 alone logs, prints and writes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """Which of the processes of its machine this is; it takes the CUDA device of that number."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def silence_others() -> None:
+    """Let rank 0 alone say what all would say of a command: help, or what is wrong with it."""
+    if rank() > 0:
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until `process_group`)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the other ranks until the end of the run.
+
+    The first rank to fail raises its error; those that fail because of it end without a word. torchrun ends
+    ranks that wait for one that is gone.
+    """
+    if ranks() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    store, *_ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=ranks(), timeout=TIMEOUT)
+    try:
+        yield
+    except Exception as error:
+        if note_failure(store, error) != rank():
+            raise SystemExit(1) from None
+        raise
+    dist.destroy_process_group()
+
+
+def note_failure(store: torch.distributed.Store, error: Exception) -> int:
+    """Write down that this rank failed; returns the rank that was the first to."""
+    try:
+        return int(store.compare_set("failed_rank", "", str(rank())))
+    except (RuntimeError, ValueError):  # the machine that keeps the store is gone
+        return rank()
+
+
+def another_failed() -> bool:
+    """Whether another rank was the first to fail: what ends this one then is no signal from outside."""
+    if ranks() == 1:
+        return False
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        return store.check(["failed_rank"]) and int(store.get("failed_rank")) != rank()
+    except (RuntimeError, ValueError):
+        return True
+
+
+def from_rank_0(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 alone, and give all ranks what it returns."""
+    if ranks() == 1:
+        return function()
+    import torch.distributed as dist
+
+    objects = [function() if rank() == 0 else None]
+    dist.broadcast_object_list(objects, device=_cpu())
+    return objects[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def first_on_this_machine() -> Iterator[None]:
+    """Let one rank of each machine go ahead, which leaves in a cache what the others find there."""
+    if ranks() == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    if local_rank() > 0:
+        dist.barrier()
+    yield
+    if local_rank() == 0:
+        dist.barrier()
+
+
+def synchronise(step: nn.Module) -> nn.Module:
+    """Let the backward pass of a step average the gradients over ranks."""
+    if ranks() == 1:
+        return step
+    from torch.nn.parallel import DistributedDataParallel
+
+    # Statistics of batch norm are averaged where they are used: `average_buffers`. The setting has another
+    # name in newer releases, which PyTorch 2.9 does not know.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def unsynchronised(step: nn.Module) -> AbstractContextManager[None]:
+    """Within, gradients are added up on their rank and wait for the next synchronised backward pass."""
+    return step.no_sync() if ranks() > 1 else nullcontext()  # type: ignore[operator]
+
+
+def weight_of_share(images: int, device: torch.device) -> Tensor | float:
+    """What the mean loss of this rank's images counts in the mean over ranks that `synchronise` takes.
+
+    Args:
+        images: how many of the batch's images this rank has, possibly none.
+        device: of the result.
+
+    Returns:
+        1 where all ranks have as many images, 0-dim.
+    """
+    if ranks() == 1:
+        return 1.0
+    import torch
+    import torch.distributed as dist
+
+    in_batch = torch.full((), float(images), device=device)
+    dist.all_reduce(in_batch)
+    return images * ranks() / in_batch.clamp_min(1)
+
+
+def sum_over_ranks(sums: dict[str, Tensor]) -> None:
+    """Replace each tensor by its sum over all ranks."""
+    if ranks() == 1:
+        return
+    import torch.distributed as dist
+
+    for value in sums.values():
+        dist.all_reduce(value)
+
+
+def average_buffers(*modules: nn.Module) -> None:
+    """Replace running statistics, of which each rank saw its share of the images, by their mean."""
+    if ranks() == 1:
+        return
+    import torch.distributed as dist
+
+    for module in modules:
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= ranks()
+
+
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
