@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import okddip
-from okddip import checkpoint
+from okddip import checkpoint, distributed
 from okddip.data.options import check_options, image_shape
 from okddip.data.sources import Source, Split
 from okddip.errors import ConfigError, check_number
@@ -76,7 +76,8 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
         build: instantiates the parts of a configuration.
 
     Returns:
-        How many times as fast as the plain loop the training step is.
+        How many times as fast as the plain loop the training step is; under torchrun, as the same ranks
+        without averaging their gradients.
 
     Raises:
         ConfigError: a value is not allowed, or the shape of the data set's images is not known.
@@ -112,13 +113,13 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
             **{name: getattr(parts.trainer, name) for name in ("precision", "channels_last", "compile")},
             **{name: getattr(parts.trainer, name) for name in ("batch_size", "eval_batch_size")},
             **shape._asdict(),
-            **measure(parts, settings),
+            **(measure(parts, settings) if distributed.ranks() == 1 else measure_ranks(parts, settings)),
         }
         if settings.peers:
             synthetic.trainer.device = str(parts.trainer.device)  # found already, and said so
             report |= cost_curve(synthetic, build, settings)
-        log_report(report)
-        if settings.out:
+        (log_report if distributed.ranks() == 1 else log_ranks)(report)
+        if settings.out and distributed.rank() == 0:
             checkpoint.write_text(Path(settings.out), json.dumps(report, indent=2) + "\n")
             parts.tracker.log_artifact(Path(settings.out))
         parts.tracker.log(flat_numbers(report), 0)
@@ -153,6 +154,8 @@ def check_settings(settings: DictConfig) -> None:
             raise ConfigError(f"benchmark.image_size={sides}: must be one number, or [height, width].")
     if not OmegaConf.is_list(settings.peers):
         raise ConfigError(f"benchmark.peers={settings.peers}: must be a list, such as [2,3,4,6,8].")
+    if settings.peers and distributed.ranks() > 1:
+        raise ConfigError(f"benchmark.peers={settings.peers}: is measured in one process, without torchrun.")
     for peers in settings.peers:
         check_number("benchmark.peers", peers, minimum=1, integer=True)
     if settings.out is not None:
@@ -310,6 +313,30 @@ def measure(parts: Parts, settings: DictConfig) -> dict[str, Any]:
     }
 
 
+def measure_ranks(parts: Parts, settings: DictConfig) -> dict[str, Any]:
+    """Speeds of several ranks, beside those of ranks that do not average their gradients."""
+    bench, apart = Bench(parts), Bench(parts, synchronised=False)
+    batch, evaluated = parts.trainer.batch_size, EVALUATION_BATCHES * parts.trainer.eval_batch_size
+    calls = {
+        ("train", "together"): Call(bench.train_step, batch),
+        ("train", "apart"): Call(apart.train_step, batch),
+        ("evaluate", "together"): Call(bench.evaluate, evaluated),
+    }
+    speeds = take_turns(calls, [parts.group, parts.method], parts.trainer.device, settings)
+    pairs = zip(speeds["train", "together"], speeds["train", "apart"], strict=True)
+    learned = [*parts.group.parameters(), *parts.method.parameters()]
+    return {
+        "ranks": distributed.ranks(),
+        "images_per_second": {
+            "train": Spread.of(speeds["train", "together"])._asdict(),
+            "train_apart": Spread.of(speeds["train", "apart"])._asdict(),
+            "evaluate": Spread.of(speeds["evaluate", "together"])._asdict(),
+        },
+        "ratio": {"train": Spread.of([a / b for a, b in pairs])._asdict()},
+        "reduced_bytes": sum(parameter.nbytes for parameter in learned),
+    }
+
+
 def cost_curve(
     config: DictConfig, build: Callable[[DictConfig], Parts], settings: DictConfig
 ) -> dict[str, Any]:
@@ -369,16 +396,43 @@ def flat_numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float
     return flat
 
 
-def log_report(report: dict[str, Any]) -> None:
-    """Print the tables."""
-    ours, reference = (report["images_per_second"][who] for who in ("okddip", "reference"))
+def heading(report: dict[str, Any]) -> list[str]:
+    """What was measured, and on what."""
     compiled = ", compiled" if report["compile"] else ""
-    rows = [
+    return [
         f"{report['method']}, {report['peers']} peers ({report['structure']}), {report['model']},"
         f" {report['dataset']}; batches of {report['batch_size']} and {report['eval_batch_size']}",
         f"{report['device']}, {report['threads']} threads; {report['precision']}{compiled}; PyTorch"
         f" {report['torch']}",
         "",
+    ]
+
+
+def log_ranks(report: dict[str, Any]) -> None:
+    """Print the table of several ranks."""
+    titles = {
+        "train": "training step",
+        "train_apart": "  gradients not averaged",
+        "evaluate": "evaluation",
+    }
+    title = f"images/s of {report['ranks']} ranks"
+    rows = [*heading(report), f"{title:<28}{'':>10}{'quartiles':>20}"]
+    for part, title in titles.items():
+        speed = report["images_per_second"][part]
+        rows.append(f"{title:<28}{speed['median']:>10,.0f}{speed['low']:>11,.0f} -{speed['high']:>7,.0f}")
+    rows += [
+        "",
+        f"training step at {report['ratio']['train']['median']:.1%} of the speed without averaging;"
+        f" {report['reduced_bytes'] / 1e6:,.1f} MB of gradients are averaged",
+    ]
+    log.info("\n".join(rows))
+
+
+def log_report(report: dict[str, Any]) -> None:
+    """Print the tables."""
+    ours, reference = (report["images_per_second"][who] for who in ("okddip", "reference"))
+    rows = [
+        *heading(report),
         f"{'images/s':<16}{'':>10}{'quartiles':>20}{'reference':>12}{'ratio':>8}{'quartiles':>16}",
     ]
     for part, title in TITLES.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +25,10 @@ T = TypeVar("T")
 # Longer than rank 0 needs for what it does alone, such as decoding a data set; then a rank that hangs ends
 # the run.
 TIMEOUT = datetime.timedelta(minutes=10)
+
+# Seconds that a rank waits for its end when another has failed. If it left first, torchrun would end the
+# other before its message is out.
+PATIENCE = 20.0
 
 
 def rank() -> int:
@@ -51,8 +56,8 @@ def silence_others() -> None:
 def process_group() -> Iterator[None]:
     """Join the other ranks until the end of the run.
 
-    The first rank to fail raises its error; those that fail because of it end without a word. torchrun ends
-    ranks that wait for one that is gone.
+    The first rank to fail raises its error, and torchrun ends all others when that one is gone. Those that
+    fail too, because of it or of the same, say nothing.
     """
     if ranks() == 1:
         yield
@@ -62,18 +67,23 @@ def process_group() -> Iterator[None]:
 
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     store, *_ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # On one machine torchrun keeps the store when it restarts ranks, with the addresses of those before.
+        # On several machines, whose counts of restarts differ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank(), world_size=ranks(), timeout=TIMEOUT)
     try:
         yield
-    except Exception as error:
-        if note_failure(store, error) != rank():
-            raise SystemExit(1) from None
-        raise
+    except Exception:
+        if note_failure(store) == rank():
+            raise
+        time.sleep(PATIENCE)
+        raise SystemExit(1) from None
     dist.destroy_process_group()
 
 
-def note_failure(store: torch.distributed.Store, error: Exception) -> int:
+def note_failure(store: torch.distributed.Store) -> int:
     """Write down that this rank failed; returns the rank that was the first to."""
     try:
         return int(store.compare_set("failed_rank", "", str(rank())))
@@ -98,11 +108,17 @@ def from_rank_0(function: Callable[[], T]) -> T:
     """Call a function on rank 0 alone, and give all ranks what it returns."""
     if ranks() == 1:
         return function()
+    import torch
     import torch.distributed as dist
 
     objects = [function() if rank() == 0 else None]
-    dist.broadcast_object_list(objects, device=_cpu())
+    dist.broadcast_object_list(objects, device=torch.device("cpu"))
     return objects[0]  # type: ignore[return-value]
+
+
+def no_bar() -> bool | None:
+    """tqdm's `disable`: a bar on rank 0 alone, and there in a terminal alone (None)."""
+    return True if rank() > 0 else None
 
 
 @contextmanager
@@ -111,13 +127,11 @@ def first_on_this_machine() -> Iterator[None]:
     if ranks() == 1:
         yield
         return
-    import torch.distributed as dist
-
     if local_rank() > 0:
-        dist.barrier()
+        _wait_for_all()
     yield
     if local_rank() == 0:
-        dist.barrier()
+        _wait_for_all()
 
 
 def synchronise(step: nn.Module) -> nn.Module:
@@ -180,7 +194,8 @@ def average_buffers(*modules: nn.Module) -> None:
                 buffer /= ranks()
 
 
-def _cpu() -> torch.device:
+def _wait_for_all() -> None:
     import torch
+    import torch.distributed as dist
 
-    return torch.device("cpu")
+    dist.all_reduce(torch.zeros(()))  # on the CPU; dist.barrier would take a CUDA device where there is one

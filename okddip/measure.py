@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from okddip import metrics
+from okddip import distributed, metrics
 from okddip.models.group import PeerGroup
 from okddip.tasks import Parts
 from okddip.trainer import PRECISIONS, Trainer
@@ -30,20 +31,28 @@ MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product shows
 class Bench:
     """A group of peers, trained and evaluated step by step with the means of `Trainer.fit`."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, synchronised: bool = True) -> None:
+        """
+        Args:
+            parts: what is trained.
+            synchronised: whether several ranks average their gradients; else each trains for itself.
+        """
         self.trainer, self.group, self.method = parts.trainer, parts.group, parts.method
         self.optimizer = parts.optimizer
         device, channels_last = self.trainer.device, self.trainer.channels_last
         self.trainer.set_backend_flags()
         self.network = network(self.trainer, self.group)
-        self.train_forward = self.trainer.forward_step(self.group, self.method, diversity=False)
+        self.train_forward: nn.Module = self.trainer.forward_step(self.group, self.method, diversity=False)
+        if synchronised:
+            self.train_forward = distributed.synchronise(self.train_forward)
         self.eval_forward = self.trainer.forward_step(self.group, self.method, diversity=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.trainer.precision == "fp16")
         self.ramp = torch.ones((), device=device)
-        loader = parts.dataset.train_loader(self.trainer.batch_size, device, 0, channels_last)
+        ranks = {"rank": distributed.rank(), "ranks": distributed.ranks()}
+        loader = parts.dataset.train_loader(self.trainer.batch_size, device, 0, channels_last, **ranks)
         self.train_batches = endless(loader.batches)
         self.eval_loader = parts.dataset.eval_loader(
-            "test", self.trainer.eval_batch_size, device, channels_last
+            "test", self.trainer.eval_batch_size, device, channels_last, **ranks
         )
         self.eval_batch = next(iter(self.eval_loader.batches()))
         self.sums: metrics.Sums | None = None
@@ -141,13 +150,16 @@ def take_turns(
     """
     times: dict[tuple[str, str], int] = {}
     speeds: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
-    with tqdm(total=len(calls) * (1 + settings.repeats), leave=False, disable=None) as progress:
+    with tqdm(
+        total=len(calls) * (1 + settings.repeats), leave=False, disable=distributed.no_bar()
+    ) as progress:
         for name, call in calls.items():
             progress.set_description(f"warm-up {' '.join(name)}")
             set_mode(modules, training=name[0] == "train")
             for _ in range(settings.warmup):
                 call.run()
-            times[name] = max(1, math.ceil(settings.seconds / seconds_of(call.run, 1, device)))
+            once = seconds_of(call.run, 1, device)
+            times[name] = distributed.from_rank_0(partial(repetitions, settings.seconds, once))
             progress.update()
         for _ in range(settings.repeats):
             for name, call in calls.items():
@@ -156,6 +168,11 @@ def take_turns(
                 speeds[name].append(call.work * times[name] / seconds_of(call.run, times[name], device))
                 progress.update()
     return speeds
+
+
+def repetitions(seconds: float, once: float) -> int:
+    """How often to call what takes `once` seconds, to fill `seconds`."""
+    return max(1, math.ceil(seconds / once))
 
 
 def seconds_of(run: Callable[[], object], times: int, device: torch.device) -> float:

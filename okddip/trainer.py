@@ -377,7 +377,7 @@ class Trainer:
     ) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches up to the limit; with a progress bar in a terminal."""
         length = min(length, self.limit_batches or length)
-        hidden = True if distributed.rank() > 0 else None  # None: where there is no terminal
+        hidden = distributed.no_bar()
         return tqdm(islice(batches, length), desc=name, total=length, leave=False, disable=hidden)
 
     def log_epoch(
