@@ -2,10 +2,10 @@
 
 import logging
 import os
-import pickle
+import shutil
 import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,11 +15,13 @@ from okddip.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# what damaged files make of zipfile and torch.load
-UNREADABLE = (
-    *(OSError, RuntimeError, EOFError, ValueError, KeyError, NotImplementedError),
-    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, UnicodeDecodeError),
-)
+# what everybody needs of a checkpoint, and what a run needs beside it to go on
+KEYS = {
+    **{"version": str, "config": dict, "epoch": int, "history": dict, "group": dict, "method": dict},
+    **{"classes": list, "channels": int, "image_size": list, "mean": list, "std": list},
+}
+TRAINING_KEYS = {"timestamp_ms": int, "metrics": dict, "optimizer": dict, "scaler": dict}
+GROUPS = ("method", "model", "dataset", "optimizer", "scheduler", "trainer", "options")  # of its config
 
 
 def save(state: dict[str, Any], folder: Path, *, best: bool) -> None:
@@ -32,19 +34,42 @@ def save(state: dict[str, Any], folder: Path, *, best: bool) -> None:
     """
     last = folder / "last.pt"
     try:
-        write(last.with_suffix(".new"), lambda file: torch.save(state, file))
-        if last.exists():
-            link(last, folder / "previous.pt")
-        if best:  # before `last.pt`: cut off between them, the epoch is trained again, with the same weights
-            link(last.with_suffix(".new"), folder / "best.pt")
-        last.with_suffix(".new").replace(last)
-    except BaseException as error:
-        last.with_suffix(".new").unlink(missing_ok=True)
-        if not isinstance(error, OSError | RuntimeError):
+        with writing(last):
+            write(last.with_suffix(".new"), lambda file: torch.save(state, file))
+            if last.exists():
+                link(last, folder / "previous.pt")
+            if (
+                best
+            ):  # before `last.pt`: cut off between them, the epoch is trained again, to the same weights
+                link(last.with_suffix(".new"), folder / "best.pt")
+            last.with_suffix(".new").replace(last)
+            sync_folder(folder)
+    except BaseException:
+        with suppress(OSError):
+            last.with_suffix(".new").unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file that cannot be written.
+
+    Raises:
+        ConfigError: with the system's reason.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save closes its archive where the disk is full, and reports that it cannot
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
             raise
         raise ConfigError(
-            f"{last}: the checkpoint cannot be written ({str(error).splitlines()[0]}). The one before is"
-            " whole; make room and go on with trainer.resume=auto."
+            f"{path}: cannot be written ({cause.strerror or cause}). What was finished before is whole. Make"
+            " room, or make the folder writable, and give the command again; a run goes on with"
+            " trainer.resume=auto."
         ) from error
 
 
@@ -57,16 +82,52 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
+    """Replace a small file in one step.
+
+    Raises:
+        ConfigError: it cannot be written; what was there is as before.
+    """
     temporary = path.with_name(path.name + ".new")
-    write(temporary, lambda file: file.write(text.encode()))
-    temporary.replace(path)
+    with writing(path):
+        write(temporary, lambda file: file.write(text.encode()))
+        temporary.replace(path)
+        sync_folder(path.parent)
 
 
-def load(path: Path) -> dict[str, Any]:
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file and see it onto the disk.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    with writing(path):
+        new = not path.exists()
+        with path.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """See the names of a folder's files onto the disk: a power cut would undo what was renamed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems know no such thing
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(path: Path, keys: dict[str, type] | None = None) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Only tensors and plain data are unpickled.
 
     A checkpoint is a zip archive, which carries a checksum of each of its parts; torch.load does not look.
+
+    Args:
+        path: of the file.
+        keys: what it must hold; by default what is needed to use its networks.
 
     Raises:
         ConfigError: the file is no whole checkpoint of this program.
@@ -77,30 +138,64 @@ def load(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # there is hardly one that a damaged pickle cannot raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{path}: cannot be read as a checkpoint ({reason}).") from error
-    if not isinstance(state, dict) or "group" not in state or "config" not in state:
-        raise ConfigError(f"{path}: is no checkpoint of this program.")
+    refuse_foreign(state, keys or KEYS, path)
     return state
 
 
-def load_or_previous(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, or `previous.pt` beside it where it is damaged.
+def refuse_foreign(state: Any, keys: dict[str, type], path: Path) -> None:
+    """Refuse what was saved by another program.
+
+    Raises:
+        ConfigError: names what is missing.
+    """
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path}: is no checkpoint of this program: it holds a {type(state).__name__}.")
+    missing = [key for key, kind in keys.items() if not isinstance(state.get(key), kind)]
+    if "config" not in missing:
+        missing += [f"config.{group}" for group in GROUPS if not isinstance(state["config"].get(group), dict)]
+    if missing:
+        raise ConfigError(f"{path}: is no checkpoint of this program: it lacks {', '.join(missing)}.")
+
+
+def load_last(folder: Path) -> dict[str, Any]:
+    """Read a run's `last.pt` to go on from, or `previous.pt` where it is damaged.
 
     Raises:
         ConfigError: neither is whole.
     """
+    path, previous = folder / "last.pt", folder / "previous.pt"
+    keys = KEYS | TRAINING_KEYS
     try:
-        return load(path)
+        return load(path, keys)
     except ConfigError as error:
-        previous = path.with_name("previous.pt")
-        if path.name != "last.pt" or not previous.exists():
+        if not previous.exists():
             raise
         log.warning("%s Taking %s, of the epoch before.", error, previous)
-        state = load(previous)
-        previous.replace(path)  # or the next checkpoint would put the damaged one in its place
+        state = load(previous, keys)
+        with writing(path):
+            previous.replace(path)  # or the next checkpoint would put the damaged one in its place
+            sync_folder(folder)
         return state
+
+
+def restore(state: dict[str, Any], **parts: Any) -> None:
+    """Load the state of `group`, `method`, `optimizer` and whatever else is given by its key.
+
+    Raises:
+        ConfigError: it is not theirs: another version of the program wrote it, say.
+    """
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reasons = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+            raise ConfigError(
+                f"The checkpoint of epoch {state['epoch'] + 1}, written by okddip {state['version']}, does"
+                f" not fit: {name}: {' '.join(reasons[:2])}"
+            ) from error
 
 
 def find(key: str, reference: str, tracking_uri: str | None) -> Path:
@@ -148,5 +243,11 @@ def link(source: Path, target: Path) -> None:
     try:
         temporary.hardlink_to(source)
     except OSError:  # some file systems have no hard links
-        temporary.write_bytes(source.read_bytes())
+        copy(source, temporary)
     temporary.replace(target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file and see it onto the disk."""
+    with source.open("rb") as original:
+        write(target, lambda file: shutil.copyfileobj(original, file))

@@ -16,12 +16,11 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from okddip import metrics, teacher
-from okddip.checkpoint import write_text
+from okddip import checkpoint, metrics, teacher
 from okddip.errors import ConfigError
 from okddip.methods.base import Method
 from okddip.sweep import finished_run
-from okddip.tasks import Parts
+from okddip.tasks import Parts, concluded
 from okddip.trained import chosen_keys, default_network, open_checkpoint
 from okddip.trainer import PRECISIONS
 
@@ -57,24 +56,23 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
     check_images(settings, state, parts)
     # normalised as the network learned to see images, whatever this data set's own statistics are
     parts.dataset.mean, parts.dataset.std = tuple(state["mean"]), tuple(state["std"])
-    parts.group.load_state_dict(state["group"])
-    parts.method.load_state_dict(state["method"])
+    checkpoint.restore(state, group=parts.group, method=parts.method)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    parts.tracker.start(
-        name=f"{config.name}-{settings.name}",
-        params={
-            "checkpoint": str(config.checkpoint),
-            **cast(dict[str, Any], OmegaConf.to_container(settings)),
-        },
-        tags={
-            "kind": "evaluation",  # no training run: tables of those leave it out
-            "checkpoint": str(config.checkpoint),
-            **{name: str(option) for name, option in settings.options.items()},
-        },
-        config_yaml=OmegaConf.to_yaml(settings),
-        command=shlex.join(["okddip", *sys.argv[1:]]),
-    )
-    try:
+    with concluded(parts.tracker):
+        parts.tracker.start(
+            name=f"{config.name}-{settings.name}",
+            params={
+                "checkpoint": str(config.checkpoint),
+                **cast(dict[str, Any], OmegaConf.to_container(settings)),
+            },
+            tags={
+                "kind": "evaluation",  # no training run: tables of those leave it out
+                "checkpoint": str(config.checkpoint),
+                **{name: str(option) for name, option in settings.options.items()},
+            },
+            config_yaml=OmegaConf.to_yaml(settings),
+            command=shlex.join(["okddip", *sys.argv[1:]]),
+        )
         results, confusion = measure(parts, state["epoch"])
         shown = default_network(parts.method, state["history"])
         matrix = confusion[parts.method.predictors.index(shown)]  # [K, K]
@@ -91,15 +89,11 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
             },
             "confusion": {"predictor": shown, "counts": matrix.tolist()},  # a row a true class
         }
-        write_text(folder / "evaluation.json", json.dumps(report, ensure_ascii=False) + "\n")
+        checkpoint.write_text(folder / "evaluation.json", json.dumps(report, ensure_ascii=False) + "\n")
         draw_confusion(matrix, state["classes"], f"{settings.options.dataset}, {shown}", folder)
         parts.tracker.log({f"test/{name}": value for name, value in results.items()}, state["epoch"])
         for name in ("evaluation.json", "confusion.png", "confusion.pdf"):
             parts.tracker.log_artifact(folder / name)
-    except BaseException as error:
-        parts.tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
-        raise
-    parts.tracker.finish("FINISHED")
     log.info(
         "checkpoint %s, epoch %d\ndata set   %s, %s test images\ndevice     %s, %s\nfolder     %s",
         *(path, state["epoch"] + 1),

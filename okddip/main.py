@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from okddip import distributed, sweep
 from okddip.errors import ConfigError, Incompatible, check_number
+from okddip.signals import stop_on_signals
 from okddip.usage import usage
 
 if TYPE_CHECKING:
@@ -104,16 +105,17 @@ Plugins.instance().register(PresetSearchPath)
 @hydra.main(version_base="1.3", config_path=str(CONFIG_HOME / "conf"), config_name="config")
 def main(config: DictConfig) -> Any:
     """Run the task of a composed configuration; returns what the task returns (a sweeper optimizes it)."""
-    task = partial(get_method(config.task._target_), build=build)
-    if sweep.is_job():
-        return sweep.job(config, check, task)
-    with distributed.process_group():
-        if distributed.ranks() > 1 and config.task._target_ not in TASKS_OF_RANKS:
-            raise ConfigError(
-                f"{config.task._target_}: this task takes one process; start it without torchrun."
-            )
-        check(config)
-        return task(config)
+    with stop_on_signals():
+        task = partial(get_method(config.task._target_), build=build)
+        if sweep.is_job():
+            return sweep.job(config, check, task)
+        with distributed.process_group():
+            if distributed.ranks() > 1 and config.task._target_ not in TASKS_OF_RANKS:
+                raise ConfigError(
+                    f"{config.task._target_}: this task takes one process; start it without torchrun."
+                )
+            check(config)
+            return task(config)
 
 
 def check(config: DictConfig) -> None:
@@ -214,6 +216,7 @@ def build(config: DictConfig) -> Parts:
 
 def restore(state: dict[str, Any]) -> tuple[PeerGroup, Method]:
     """The group and the method that a checkpoint holds, on the CPU."""
+    from okddip import checkpoint
     from okddip.models.group import PeerGroup
 
     config = OmegaConf.create(state["config"])
@@ -229,8 +232,7 @@ def restore(state: dict[str, Any]) -> tuple[PeerGroup, Method]:
         epochs=config.trainer.epochs,
     )
     group = PeerGroup(make_backbone, method.peers, method.structure, method.rescale)
-    group.load_state_dict(state["group"])
-    method.load_state_dict(state["method"])
+    checkpoint.restore(state, group=group, method=method)
     return group, method
 
 

@@ -6,17 +6,20 @@ import logging
 import os
 import shlex
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from okddip import checkpoint
+from okddip import checkpoint, sweep
+from okddip.checkpoint import KEYS, TRAINING_KEYS
 from okddip.errors import ConfigError
-from okddip.tracking import absolute, flatten
+from okddip.tracking import MLflow, NoTracking, absolute, flatten
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +34,25 @@ class Run:
     """A run on disk."""
 
     folder: Path
-    lock: AbstractContextManager[Any]  # held as long as a process works on the run
     state: dict[str, Any] | None = None  # its last checkpoint, if it goes on from one
     tracking_id: str | None = None  # of the MLflow run it goes on with
+    store: str | None = None  # where that one was begun
+    taken_up: bool = False  # in its own folder
 
 
-def settings(config: DictConfig) -> dict[str, str]:
+@dataclass
+class Found:
+    """Where a run that goes on is: in its own folder, or (a copy, an artifact of MLflow) in no run's."""
+
+    folder: Path | None = None
+    checkpoint: Path | None = None
+    tracking_id: str | None = None  # if the run was named by it
+
+
+def settings(config: DictConfig | dict[str, Any]) -> dict[str, str]:
     """What makes a run what it is: the flattened configuration without places and switches."""
-    flat = flatten(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
+    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    flat = flatten(cast(dict[str, Any], plain))
     return {
         key: value
         for key, value in flat.items()
@@ -47,69 +61,172 @@ def settings(config: DictConfig) -> dict[str, str]:
     }
 
 
-def identity(config: DictConfig) -> str:
+def identity(config: DictConfig | dict[str, Any]) -> str:
     """A short hash of `settings`: runs that are the same have the same."""
     return hashlib.sha256(json.dumps(settings(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def begin(config: DictConfig, folder: Path) -> Run:
-    """Find the run that `trainer.resume` names, or begin a new one in `folder`.
-
-    `auto` finds the newest run with this very configuration among the neighbours of `folder`, and begins a
-    new one if there is none. What Slurm requeued or torchrun restarted resumes as with `auto`.
+@contextmanager
+def begin(config: DictConfig, folder: Path) -> Iterator[Run]:
+    """Take up the run that `trainer.resume` names, or begin a new one in `folder`; and hold its folder.
 
     Raises:
         ConfigError: there is no such run, it was made with other settings, or it is still running.
+    """
+    found = find(config, folder)
+    with lock(found.folder or folder):
+        if found.folder is not None:
+            yield take_up(config, found.folder, found.tracking_id)
+        elif found.checkpoint is not None:
+            yield adopt(config, folder, found.checkpoint, found.tracking_id)
+        else:
+            yield new(config, folder)
+
+
+def find(config: DictConfig, folder: Path) -> Found:
+    """Find what `trainer.resume` names.
+
+    `auto` is the newest run with this very configuration among the neighbours of `folder`, if there is one;
+    what Slurm requeued or torchrun restarted resumes as with `auto`. Else a run is named by its folder, by
+    its `last.pt`, or as `runs:/ID`; and a checkpoint that lies in no run's folder by its path.
+
+    Raises:
+        ConfigError: there is no such run.
     """
     reference = config.trainer.resume
     restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     if reference is None and any(count != "0" for count in restarts):
         reference = "auto"
     if reference is None:
-        return new(config, folder)
+        return Found()
     if reference == "auto":
         found = newest(config, folder)
         if found is None:
             log.info("No run with this configuration in %s to go on with: a new one.", folder.parent)
-            return new(config, folder)
-        return take_up(found)
-    own = folder_of(reference, config.tracking.get("uri")) if reference.startswith("runs:/") else None
-    if own is not None and not (own / "last.pt").exists():
-        return take_up(own)
-    path = checkpoint.find("trainer.resume", str(own or reference), config.tracking.get("uri"))
-    refuse_other_settings(config, checkpoint.load_or_previous(path), reference)
-    if (path.parent / "run.json").exists():
-        return take_up(path.parent)
-    # downloaded from MLflow: the run's own folder is on another machine
-    run = new(config, folder)
-    run.state = checkpoint.load(path)
+        return Found(found)
     if reference.startswith("runs:/"):
-        run.tracking_id = reference.removeprefix("runs:/").partition("/")[0]
-    return run
+        run_id, _, name = reference.removeprefix("runs:/").partition("/")
+        refuse_other_epoch(reference, name or "last.pt")
+        own = folder_of(config, run_id)
+        if own is not None:
+            return Found(own, tracking_id=run_id)
+        artifact = checkpoint.find("trainer.resume", reference, config.tracking.get("uri"))
+        return Found(checkpoint=artifact, tracking_id=run_id)
+    path = Path(reference).expanduser().absolute()
+    if (path / "run.json").exists():
+        return Found(path)
+    path = checkpoint.find("trainer.resume", str(path), None)
+    path = path.resolve() if path.is_symlink() else path
+    if not (path.parent / "run.json").exists():
+        return Found(checkpoint=path)
+    refuse_other_epoch(reference, path.name)
+    return Found(path.parent)
 
 
 def new(config: DictConfig, folder: Path) -> Run:
-    """A run that begins in `folder`, which it marks as its own."""
-    run = Run(folder, lock(folder))
+    """A run that begins in `folder`, which it marks as its own.
+
+    Raises:
+        ConfigError: there is a run in it already.
+    """
+    if (folder / "last.pt").exists():
+        raise ConfigError(
+            f"{folder}: there is a run in this folder already. Name another folder in hydra.run.dir, or go on"
+            " with that run by trainer.resume=auto and its own settings."
+        )
+    run = Run(folder)
+    with checkpoint.writing(folder):
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was cut off before a checkpoint
     note(run, identity=identity(config))
     return run
 
 
-def take_up(folder: Path) -> Run:
-    """The run in `folder`, with its last whole checkpoint if it got as far."""
-    run = Run(folder, lock(folder))
-    run.tracking_id = json.loads((folder / "run.json").read_text()).get("tracking_id") or None
-    if (folder / "last.pt").exists():
-        run.state = checkpoint.load_or_previous(folder / "last.pt")
-    forget_unfinished(run)
+def take_up(config: DictConfig, folder: Path, tracking_id: str | None) -> Run:
+    """The run in `folder`, with its last whole checkpoint if it got as far.
+
+    Args:
+        config: must be the run's; it may be longer.
+        folder: of the run.
+        tracking_id: of its MLflow run, if that is known.
+    """
+    facts = noted(folder)
+    run = Run(folder, None, tracking_id or facts.get("tracking_id"), facts.get("store"), taken_up=True)
+    if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+        run.state = checkpoint.load_last(folder)
+        refuse_other_settings(config, run.state, folder)
+    with checkpoint.writing(folder):
+        for leftover in [*folder.glob("*.new"), *folder.glob("*.tmp")]:
+            leftover.unlink()
+    complete_metrics(run)
+    note(run, identity=identity(config))  # of a longer run, a new one
+    return run
+
+
+def adopt(config: DictConfig, folder: Path, path: Path, tracking_id: str | None) -> Run:
+    """A run that goes on in `folder` from a checkpoint that lies in no run's folder.
+
+    Args:
+        config: must be the checkpoint's; it may be longer.
+        folder: of the run.
+        path: of the checkpoint; `best.pt` and `metrics.jsonl` beside it come along if they are of its run.
+        tracking_id: of the MLflow run whose artifact it is.
+    """
+
+    def beside(name: str) -> Path:
+        if tracking_id is None:
+            return path.with_name(name)
+        return checkpoint.find("trainer.resume", f"runs:/{tracking_id}/{name}", config.tracking.get("uri"))
+
+    state = checkpoint.load(path, KEYS | TRAINING_KEYS)
+    refuse_other_settings(config, state, path)
+    run = new(config, folder)
+    run.state, run.tracking_id = state, tracking_id
+    if tracking_id is not None:
+        note(run, tracking_id=tracking_id)
+    try:
+        lines = finished_epochs(beside("metrics.jsonl"))
+    except ConfigError:
+        lines = []
+    if any(line[:2] == (state["epoch"], state["timestamp_ms"]) for line in lines):
+        write_metrics(run, [line for line in lines if line[0] <= state["epoch"]])
+    complete_metrics(run)
+    with checkpoint.writing(folder):
+        checkpoint.copy(path, folder / "last.new")
+        best = state["history"].get("best", {}).get("epoch")
+        if best == state["epoch"]:
+            checkpoint.link(folder / "last.new", folder / "best.pt")
+        elif best is not None:
+            try:
+                other = checkpoint.load(beside("best.pt"))
+                if (other["epoch"], identity(other["config"])) != (best, identity(state["config"])):
+                    raise ConfigError(f"{beside('best.pt')}: is of another run.")
+                checkpoint.copy(beside("best.pt"), folder / "best.pt")
+            except ConfigError as error:
+                log.warning("The checkpoint of the best epoch so far, %d, is not here: %s", best + 1, error)
+        (folder / "last.new").replace(folder / "last.pt")
+        checkpoint.sync_folder(folder)
     return run
 
 
 def note(run: Run, **facts: str) -> None:
     """Write down facts about a run in its `run.json`."""
-    path = run.folder / "run.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    checkpoint.write_text(path, json.dumps(known | facts, indent=1) + "\n")
+    known = noted(run.folder)
+    checkpoint.write_text(run.folder / "run.json", json.dumps(known | facts, indent=1) + "\n")
+
+
+def noted(folder: Path) -> dict[str, str]:
+    """What a run's `run.json` says; nothing if it is damaged."""
+    path = folder / "run.json"
+    try:
+        facts = json.loads(path.read_text())
+        if not isinstance(facts, dict):
+            raise ValueError("no JSON object")
+        return {key: value for key, value in facts.items() if isinstance(value, str)}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("%s: cannot be read (%s), and counts as empty.", path, error)
+        return {}
 
 
 def newest(config: DictConfig, folder: Path) -> Path | None:
@@ -119,88 +236,145 @@ def newest(config: DictConfig, folder: Path) -> Path | None:
     if (folder.parent / "multirun.yaml").exists():
         notes |= {*folder.parent.parent.glob("*/*/run.json")}
     wanted = identity(config)
-    same = [path for path in notes if json.loads(path.read_text()).get("identity") == wanted]
+    same = [path for path in notes if identity_of(path.parent) == wanted]
     return max(same, key=lambda path: path.stat().st_mtime).parent if same else None
 
 
-def lock(folder: Path) -> AcquireReturnProxy:
-    """Hold a folder until the process ends, however it ends.
+def identity_of(folder: Path) -> str | None:
+    """The identity of the run in a folder; where `run.json` is damaged, that of its checkpoint."""
+    if known := noted(folder).get("identity"):
+        return known
+    try:
+        return identity(checkpoint.load(folder / "last.pt")["config"])
+    except ConfigError:
+        return None
+
+
+def lock(folder: Path) -> AbstractContextManager[object]:
+    """Hold a folder, until the process ends at the latest, however it ends.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or it cannot be written.
     """
     try:
         return FileLock(folder / "run.lock").acquire(timeout=0)
     except Timeout:
         raise ConfigError(f"{folder}: this run is still running in another process.") from None
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}).") from error
+    except NotImplementedError:  # some file systems of clusters
+        log.warning(
+            "%s: this file system has no locks, so see to it that one process runs at a time.", folder
+        )
+        return nullcontext()
 
 
-def folder_of(reference: str, tracking_uri: str | None) -> Path | None:
-    """The folder of an MLflow run (`runs:/ID`), if it is on this machine."""
-    if tracking_uri is None:
-        return None
+def folder_of(config: DictConfig, run_id: str) -> Path | None:
+    """The folder of an MLflow run, if it is on this machine.
+
+    Raises:
+        ConfigError: the store does not answer.
+    """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    try:
-        tags = (
-            MlflowClient(absolute(tracking_uri))
-            .get_run(reference.removeprefix("runs:/").partition("/")[0])
-            .data.tags
-        )
-    except MlflowException:
+    tracker = instantiate(config.tracking)
+    if not isinstance(tracker, MLflow):
         return None  # checkpoint.find says what is wrong
+    tracker.open()
+    try:
+        tags = MlflowClient(absolute(tracker.uri)).get_run(run_id).data.tags
+    except MlflowException:
+        return None  # again
     folder = Path(tags.get("folder", ""))
     return folder if (folder / "run.json").exists() else None
 
 
-def refuse_other_settings(config: DictConfig, state: dict[str, Any], reference: str) -> None:
+def find_tracked(run: Run, tracker: MLflow | NoTracking) -> None:
+    """Find the MLflow run of a run that goes on and does not know it.
+
+    It was cut off before it could write the ID down, or `run.json` is damaged.
+    """
+    if run.tracking_id is None and run.taken_up:
+        for found in tracker.find({"folder": str(run.folder)})[:1]:
+            run.tracking_id = found.info.run_id
+
+
+def refuse_other_epoch(reference: str, name: str) -> None:
+    """Refuse to go on from another checkpoint of a run than its last.
+
+    Raises:
+        ConfigError: says what to give.
+    """
+    if name != "last.pt":
+        run = reference.rpartition("/")[0] or "."
+        raise ConfigError(
+            f"trainer.resume={reference}: a run goes on from its last epoch, {name} is of another. Give"
+            f" trainer.resume={run} to go on with the run. To train on from this epoch in a new one, copy the"
+            " file to another folder and name the copy."
+        )
+
+
+def refuse_other_settings(config: DictConfig, state: dict[str, Any], place: Path) -> None:
     """Refuse to go on under other settings than the checkpoint's; a longer run is allowed.
 
     Raises:
         ConfigError: lists what differs.
     """
-    theirs, ours = settings(OmegaConf.create(state["config"])), settings(config)
+    theirs, ours = settings(state["config"]), settings(config)
     differences = [
         f"  {key}: {theirs.get(key, 'absent')} there, {ours.get(key, 'absent')} here"
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key)
-        and not (key == "trainer.epochs" and int(ours[key]) > int(theirs[key]))
+        and not (key == "trainer.epochs" and int(ours[key]) > int(theirs.get(key, ours[key])))
     ]
     if differences:
         raise ConfigError(
-            f"trainer.resume={reference}: was made with other settings, so going on would mix two runs:\n"
+            f"trainer.resume={config.trainer.resume}: {place} was made with other settings, so going on would"
+            " mix two runs:\n"
             + "\n".join(differences)
             + "\nGive the same settings (trainer.epochs may grow), or begin a new run without trainer.resume."
         )
 
 
-def finished_epochs(folder: Path) -> list[tuple[int, int, dict[str, float]]]:
-    """Epoch, time (milliseconds since 1970) and metrics of each line of a run's `metrics.jsonl`."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+def finished_epochs(path: Path) -> list[tuple[int, int, dict[str, float]]]:
+    """Epoch, time (milliseconds since 1970) and metrics of each line of a `metrics.jsonl`."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     finished = []
     for line in lines:
         try:
             results = json.loads(line)
-        except json.JSONDecodeError:  # cut off while it was written
-            break
-        finished.append((results.pop("epoch"), results.pop("timestamp_ms"), results))
+            finished.append((results.pop("epoch"), results.pop("timestamp_ms"), results))
+        except (ValueError, KeyError, AttributeError):  # cut off while it was written
+            continue
     return finished
 
 
-def forget_unfinished(run: Run) -> None:
-    """Drop the metrics of an epoch that was cut off before its checkpoint: it is trained again."""
-    last = run.state["epoch"] if run.state else -1
+def write_metrics(run: Run, finished: list[tuple[int, int, dict[str, float]]]) -> None:
+    """Replace a run's `metrics.jsonl`."""
     lines = [
         json.dumps({"epoch": epoch, "timestamp_ms": timestamp_ms, **results}) + "\n"
-        for epoch, timestamp_ms, results in finished_epochs(run.folder)
-        if epoch <= last
+        for epoch, timestamp_ms, results in finished
     ]
     checkpoint.write_text(run.folder / "metrics.jsonl", "".join(lines))
 
 
-def command() -> str:
-    """The command that goes on with the run of this process."""
+def complete_metrics(run: Run) -> None:
+    """See that each epoch up to the checkpoint has one whole line.
+
+    A run may be cut off between checkpoint and line. Lines of later epochs stay: their checkpoint was
+    damaged, they were told of, and will be trained again.
+    """
+    finished = finished_epochs(run.folder / "metrics.jsonl")
+    state = run.state
+    if state is not None and state["epoch"] not in (epoch for epoch, _, _ in finished):
+        finished.append((state["epoch"], state["timestamp_ms"], state["metrics"]))
+    write_metrics(run, sorted(finished, key=lambda line: line[0]))
+
+
+def how_to_go_on() -> str:
+    """What goes on with the run of this process."""
+    if sweep.is_job():
+        return "The command of its sweep, given again, goes on with it."
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("trainer.resume=")]
-    return shlex.join(["okddip", *arguments, "trainer.resume=auto"])
+    return f"Go on with: {shlex.join(['okddip', *arguments, 'trainer.resume=auto'])}"

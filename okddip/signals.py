@@ -2,19 +2,24 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import ClassVar
 
-# Slurm sends SIGTERM at the end, and SIGUSR1 or SIGUSR2 ahead of it where it is asked to
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# Slurm sends SIGTERM at the end, and SIGUSR1 or SIGUSR2 ahead of it where it is asked to; a terminal that
+# is closed sends SIGHUP
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stop:
-    """Whether the process was asked to stop, and whether it may just now."""
+    """What became of a request to stop."""
 
-    may_stop = True
-    asked_by: int | None = None
+    end: BaseException | None = None  # what the process ends with, once it was asked to
+    may_stop = True  # just now
+    waiting: int | None = None  # a signal that came when it might not
+    # handlers that were there before
+    launchers: ClassVar[dict[int, Callable[[int, FrameType | None], object]]] = {}
 
 
 @contextmanager
@@ -22,38 +27,74 @@ def stop_on_signals() -> Iterator[None]:
     """Let signals raise SystemExit, with the exit code that shells give to signals.
 
     No `except Exception` on the way holds that up. Where a launcher has a handler of its own (submitit
-    requeues the job), that one decides how the process ends.
+    requeues the job), that one decides how the process ends. An exception after a request to stop is taken
+    for a consequence of it: the signal may have reached others that the process depends on.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number, handler in before.items():
-        if handler in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, stop)
+    main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS} if main else {}
+    ours = [number for number, handler in before.items() if handler not in (stop, signal.SIG_IGN, None)]
+    for number in ours:
+        handler = before[number]
+        if callable(handler) and handler is not signal.default_int_handler:
+            Stop.launchers[number] = handler
+        signal.signal(number, stop)
     try:
         yield
+    except Exception as error:
+        if Stop.end is None or error is Stop.end:
+            raise
+        raise Stop.end from error
     finally:
-        Stop.asked_by = None
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in ours:
+            signal.signal(number, before[number])
+            Stop.launchers.pop(number, None)
+        if ours:
+            Stop.end = Stop.waiting = None
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """Raise SystemExit, now or as soon as the process may stop."""
-    if Stop.asked_by is None:  # one is enough: what follows takes seconds
-        Stop.asked_by = number
-        if Stop.may_stop:
+    """Raise what the process ends with, now or as soon as it may stop.
+
+    Asked again it raises again: Python drops what is raised in a destructor, and the process would go on.
+    """
+    if not Stop.may_stop:
+        Stop.waiting = number
+        return
+    if Stop.end is not None:
+        raise Stop.end
+    try:
+        if number not in Stop.launchers:
             raise SystemExit(128 + number)
+        Stop.launchers[number](number, frame)
+    except BaseException as end:
+        Stop.end = end
+        raise
 
 
 @contextmanager
 def unstopped() -> Iterator[None]:
-    """Finish what must not be left half done, such as a transaction, before a signal ends the run."""
+    """Finish what must not be left half done, such as a checkpoint, before a signal ends the run."""
     Stop.may_stop = False
     try:
         yield
     finally:
         Stop.may_stop = True
-    if Stop.asked_by is not None:
-        raise SystemExit(128 + Stop.asked_by)
+        waiting, Stop.waiting = Stop.waiting, None
+        if Stop.end is not None:
+            raise Stop.end
+        if waiting is not None:
+            stop(waiting, None)
+
+
+def asked_to_stop() -> bool:
+    """Whether the process is on its way out."""
+    return Stop.end is not None
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """For a worker process of a DataLoader: a signal to all processes is the parent's to answer.
+
+    A worker ends when its parent tells it to, or is gone.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -3,8 +3,8 @@
 import logging
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from okddip.data.dataset import Dataset
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.schedules import Schedule
-from okddip.signals import stop_on_signals, unstopped
+from okddip.signals import asked_to_stop, stop_on_signals, unstopped
 from okddip.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -51,15 +51,37 @@ def train(
     Returns:
         Top-1 of the primary predictor after the last epoch, in percent.
     """
-    run = begin_together(config, teacher_folder or Path(HydraConfig.get().runtime.output_dir))
-    with run.lock, stop_on_signals():
+    folder = teacher_folder or Path(HydraConfig.get().runtime.output_dir)
+    parting = nullcontext() if teacher_folder else how_to_go_on()
+    with parting, stop_on_signals(), begin_together(config, folder) as run:
         parts = build(config)
         settings = cast(dict[str, Any], OmegaConf.to_container(config))
         describe(config, parts, run)
-        try:
-            if distributed.rank() == 0:
-                with unstopped():
-                    open_tracking(config, parts, run, extra_tags={} if teacher_folder else sweep.tags())
+        with concluded(parts.tracker):
+            resume.find_tracked(run, parts.tracker)
+            tracking_id = parts.tracker.start(
+                name=config.name,
+                params=settings,
+                tags={
+                    **{name: str(option) for name, option in config.options.items()},
+                    "peers": str(parts.method.peers),
+                    "structure": parts.method.structure,
+                    "seed": str(config.seed),
+                    "device": str(parts.trainer.device),
+                    "identity": resume.identity(config),
+                    "folder": str(run.folder),
+                    **({} if teacher_folder else sweep.tags()),
+                },
+                config_yaml=OmegaConf.to_yaml(config),
+                command=shlex.join(["okddip", *sys.argv[1:]]),
+                run_id=run.tracking_id,
+                store=run.store,
+            )
+            if tracking_id:
+                resume.note(run, tracking_id=tracking_id, store=tracking.public(config.tracking.uri))
+            finished = resume.finished_epochs(run.folder / "metrics.jsonl")
+            for epoch, timestamp_ms, results in finished:
+                parts.tracker.log(results, epoch, timestamp_ms)
             history = parts.trainer.fit(
                 group=parts.group,
                 method=parts.method,
@@ -79,6 +101,7 @@ def train(
                     "std": list(parts.dataset.std),
                 },
                 state=run.state,
+                reported={epoch: (timestamp_ms, results) for epoch, timestamp_ms, results in finished},
             )
             last, best = history["last"], history["best"]
             summary = {
@@ -87,57 +110,56 @@ def train(
                 "best/epoch": best["epoch"],
             }
             if distributed.rank() == 0:
-                with unstopped():
-                    *_, (epoch, timestamp_ms, _) = resume.finished_epochs(run.folder)
-                    parts.tracker.log(summary, epoch, timestamp_ms)
-                    if parts.tracker.checkpoints:
-                        for name in ("last.pt", "best.pt"):
-                            parts.tracker.log_artifact(run.folder / name)
-        except Exception:
-            if parts.tracker.run_id:
-                parts.tracker.finish("FAILED")
-            raise
-        except BaseException:
-            if parts.tracker.run_id:
-                parts.tracker.finish("FAILED" if distributed.another_failed() else "KILLED")
-            log.info("Stopped. Go on with: %s", resume.command())
-            raise
-        parts.tracker.finish("FINISHED")
+                *_, (epoch, timestamp_ms, _) = resume.finished_epochs(run.folder / "metrics.jsonl")
+                parts.tracker.log(summary, epoch, timestamp_ms)
+            if parts.tracker.checkpoints:
+                for path in (run.folder / name for name in ("last.pt", "best.pt", "metrics.jsonl")):
+                    if path.exists():  # a copied `last.pt` may have come alone
+                        parts.tracker.log_artifact(path)
     log_table(history, parts.method)
     return last["test/top1"]
 
 
-def begin_together(config: DictConfig, folder: Path) -> resume.Run:
-    """The run that rank 0 finds or begins, for all ranks."""
-    run = resume.begin(config, folder) if distributed.rank() == 0 else None
-    folder, state = distributed.from_rank_0(lambda: (run.folder, run.state) if run else (folder, None))
-    return run or resume.Run(folder, nullcontext(), state)
+@contextmanager
+def begin_together(config: DictConfig, folder: Path) -> Iterator[resume.Run]:
+    """The run that rank 0 takes up or begins, for all ranks."""
+    if distributed.rank() == 0:
+        with resume.begin(config, folder) as run:
+            distributed.from_rank_0(lambda: (run.folder, run.state))
+            yield run
+    else:
+        yield resume.Run(*distributed.from_rank_0(lambda: (folder, None)))
 
 
-def open_tracking(config: DictConfig, parts: Parts, run: resume.Run, extra_tags: dict[str, str]) -> None:
-    """Tell the tracker what is run, or goes on, and all that is known of its finished epochs."""
-    tracking_id = parts.tracker.start(
-        name=config.name,
-        params=cast(dict[str, Any], OmegaConf.to_container(config)),
-        tags={
-            **{name: str(option) for name, option in config.options.items()},
-            "peers": str(parts.method.peers),
-            "structure": parts.method.structure,
-            "seed": str(config.seed),
-            "device": str(parts.trainer.device),
-            "identity": resume.identity(config),
-            "folder": str(run.folder),
-            **extra_tags,
-        },
-        config_yaml=OmegaConf.to_yaml(config),
-        command=shlex.join(["okddip", *sys.argv[1:]]),
-        run_id=run.tracking_id,
-    )
-    resume.note(run, identity=resume.identity(config))  # of a longer run, a new one
-    if tracking_id:
-        resume.note(run, tracking_id=tracking_id)
-    for epoch, timestamp_ms, results in resume.finished_epochs(run.folder):
-        parts.tracker.log(results, epoch, timestamp_ms)
+@contextmanager
+def concluded(tracker: tracking.MLflow | tracking.NoTracking) -> Iterator[None]:
+    """End the MLflow run as what it became: finished, failed, or killed by a signal at whatever moment."""
+    try:
+        try:
+            yield
+            tracker.finish("FINISHED")
+        except Exception:
+            if asked_to_stop():
+                raise
+            tracker.finish("FAILED")
+            raise
+    except BaseException as error:
+        if asked_to_stop() or not isinstance(error, Exception):
+            with unstopped():
+                tracker.finish("FAILED" if distributed.another_failed() else "KILLED")
+        raise
+
+
+@contextmanager
+def how_to_go_on() -> Iterator[None]:
+    """Say so, as the last line, if the run is stopped."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        log.info("Stopped. %s", resume.how_to_go_on())
+        raise
 
 
 def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
@@ -160,8 +182,16 @@ def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
         *(config.options.model, f"{plain:,}", f"{trained:,}"),
         *(config.options.dataset, sizes, dataset.channels, height, width, len(dataset.classes)),
         *(f"{trainer.device}{ranks}", trainer.precision, compiled),
-        *(run.folder, f"; goes on after epoch {run.state['epoch'] + 1}" if run.state else ""),
+        *(run.folder, f"; {how_far(config, run.state)}" if run.state else ""),
     )
+
+
+def how_far(config: DictConfig, state: dict[str, Any]) -> str:
+    """What is left of a run that goes on from a checkpoint."""
+    done = state["epoch"] + 1
+    if done == config.trainer.epochs:
+        return f"is finished after epoch {done}, so nothing is trained"
+    return f"goes on after epoch {done}"
 
 
 def log_table(history: dict[str, dict[str, float]], method: Method) -> None:

@@ -73,6 +73,7 @@ class MLflow:
         self._unsent: deque[Request] = deque()
         self._away = False
         self._retry_at = 0.0
+        self._killed = False
 
     def open(self) -> None:
         """Reach the store; create its tables and the experiment if they are absent.
@@ -158,6 +159,7 @@ class MLflow:
         config_yaml: str,
         command: str,
         run_id: str | None = None,
+        store: str | None = None,
     ) -> str:
         """Begin a run, or go on with the run `run_id`.
 
@@ -169,6 +171,8 @@ class MLflow:
             command: the command line, kept as the tag `command` and in `command.txt`.
             run_id: a run of this store that goes on. MLflow lets no param change: one with another
                 value than before becomes a tag, `resumed.trainer.epochs`.
+            store: where that run was begun. If it was this store, and the run has been deleted for good, a
+                new one begins.
 
         Returns:
             The run's ID.
@@ -178,12 +182,12 @@ class MLflow:
         """
         flat = flatten(params)
         tags = _tags({**source_tags(), **tags, "command": command})
-        if run_id is None:
+        logged = None if run_id is None else self._reopen_run(run_id, store)
+        if logged is None or run_id is None:
             self.run_id = self._create_run(name, tags)
             self._log_params(flat)
         else:
             self.run_id = run_id
-            logged = self._reopen_run()
             self._log_params({key: value for key, value in flat.items() if key not in logged})
             changed = {key: value for key, value in flat.items() if logged.get(key, value) != value}
             self.set_tags({**tags, **{f"resumed.{key}": value for key, value in changed.items()}})
@@ -198,13 +202,25 @@ class MLflow:
         except Exception as error:
             raise self._cannot_open(error) from error
 
-    def _reopen_run(self) -> dict[str, str]:
+    def _reopen_run(self, run_id: str, store: str | None) -> dict[str, str] | None:
+        """The params of a run that goes on; None if it is gone from the store where it was begun."""
+        from mlflow.exceptions import MlflowException
+
+        here = public(self.uri)
         try:
-            run = self._call(OPEN_SECONDS, partial(self._client.get_run, self.run_id))
-            self._call(OPEN_SECONDS, partial(self._client.update_run, self.run_id, status="RUNNING"))
+            run = self._call(OPEN_SECONDS, partial(self._client.get_run, run_id))
+            self._call(OPEN_SECONDS, partial(self._client.update_run, run_id, status="RUNNING"))
         except Exception as error:
+            absent = isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST"
+            if absent and store == here:
+                logger.warning(
+                    "MLflow run %s is gone from %s: a new one is told of all epochs.", run_id, here
+                )
+                return None
+            begun = f" It was begun in tracking.uri={store}." if store not in (None, here) else ""
             raise ConfigError(
-                f"MLflow run {self.run_id}: cannot go on in tracking.uri={self.uri} ({_first_line(error)})."
+                f"MLflow run {run_id}: cannot go on in tracking.uri={self.uri} ({_first_line(error)}).{begun}"
+                " tracking=none goes on without MLflow, which can be told of all epochs later."
             ) from error
         return run.data.params
 
@@ -278,10 +294,17 @@ class MLflow:
             self._send("tags", partial(self._client.log_batch, self.run_id, tags=batch))
 
     def finish(self, status: str) -> None:
-        """End the run as `FINISHED`, `FAILED` or `KILLED`, after a last attempt to send what is unsent."""
+        """End the run as `FINISHED`, `FAILED` or `KILLED`, after a last attempt to send what is unsent.
+
+        If it is killed, that takes seconds at most, and files are left to the run that goes on.
+        """
+        if not self.run_id:
+            return
         end = partial(self._client.set_terminated, self.run_id, status, end_time=_now())
         self._unsent.append(Request("status", end, upload=False))
         if status == "KILLED":
+            self._killed = True
+            self._unsent = deque(request for request in self._unsent if not request.upload)
             self._flush(KILL_SECONDS, KILL_SECONDS)
         else:
             self._flush(FINISH_SECONDS, OPEN_SECONDS)
@@ -328,8 +351,10 @@ class MLflow:
             self._unsent.popleft()
 
     def _call(self, seconds: float, call: Callable[[], Any]) -> Any:
-        # SQLite itself waits 20 s for a file that others are writing to
-        return call() if self.uri.startswith("sqlite:") else _within(seconds, call)
+        # A file that others of a sweep are writing to is no store that is away; unless there is no time.
+        patient = self.uri.startswith("sqlite:") and not self._killed
+        # Always in a thread: a signal that ends the run then breaks off the wait, and no transaction.
+        return _within(LOCK_SECONDS if patient else seconds, call)
 
 
 class NoTracking:
@@ -349,6 +374,7 @@ class NoTracking:
         config_yaml: str,
         command: str,
         run_id: str | None = None,
+        store: str | None = None,
     ) -> str:
         """Return an empty run ID."""
         return self.run_id
@@ -384,6 +410,11 @@ def absolute(uri: str) -> str:
 
     url = make_url(uri)
     return url.set(database=str(Path(str(url.database)).absolute())).render_as_string()
+
+
+def public(uri: str) -> str:
+    """A store's URI, wherever one is, without what only its user should know."""
+    return re.sub("//[^/@]*@", "//", absolute(uri))
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, str]:

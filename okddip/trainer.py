@@ -3,9 +3,8 @@
 import datetime
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -137,6 +136,7 @@ class Trainer:
         seed: int,
         description: dict[str, Any],
         state: dict[str, Any] | None = None,
+        reported: Mapping[int, tuple[int, dict[str, float]]] | None = None,
     ) -> dict[str, dict[str, float]]:
         """Train for all epochs, or all that are left.
 
@@ -150,6 +150,8 @@ class Trainer:
             seed: of permutations, augmentation and dropout.
             description: goes into each checkpoint.
             state: the checkpoint of the run's last finished epoch, to go on from.
+            reported: time (milliseconds since 1970) and metrics of epochs that were told of already. One
+                that is trained again, its checkpoint being damaged, is not told of in other words.
 
         Returns:
             The metrics of the `last` epoch and of the `best`, chosen by the validation set if there is one,
@@ -176,11 +178,9 @@ class Trainer:
         ramp = torch.ones((), device=self.device)
         history: dict[str, dict[str, float]] = {}
         first_epoch = 0
+        reported = reported or {}
         if state is not None:
-            group.load_state_dict(state["group"])
-            method.load_state_dict(state["method"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
+            checkpoint.restore(state, group=group, method=method, optimizer=optimizer, scaler=scaler)
             history = state["history"]
             first_epoch = state["epoch"] + 1
         started = time.time()
@@ -212,7 +212,9 @@ class Trainer:
                     refuse_broken_losses(sums, epoch)
                     read = metrics.read(sums, method)
                     results |= {f"{split}/{name}": value for name, value in read.items()}
-                score = f"{judge}/top1"
+            timestamp_ms, results = reported.get(epoch, (time.time_ns() // 1_000_000, results))
+            score = f"{judge}/top1"
+            if score in results:
                 is_best = "best" not in history or results[score] > history["best"][score]
                 if is_best:
                     history["best"] = {"epoch": epoch, **results}
@@ -222,6 +224,7 @@ class Trainer:
                 state = {
                     **description,
                     "epoch": epoch,
+                    "timestamp_ms": timestamp_ms,
                     "metrics": results,
                     "history": history,
                     "group": group.state_dict(),
@@ -229,7 +232,7 @@ class Trainer:
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
                 }
-                keep(state, folder, tracker, best=is_best)
+                keep(state, folder, tracker, new=epoch not in reported, best=is_best)
             if epoch == first_epoch and not is_last:
                 log_expected_end(started, self.epochs - 1 - epoch)
         return history
@@ -495,39 +498,27 @@ def refuse_broken_losses(sums: metrics.Sums, epoch: int) -> None:
         )
 
 
-def keep(state: dict[str, Any], folder: Path, tracker: MLflow | NoTracking, *, best: bool) -> None:
+def keep(state: dict[str, Any], folder: Path, tracker: MLflow | NoTracking, *, new: bool, best: bool) -> None:
     """Write down and log what an epoch has come to.
 
-    In this order a run cut off anywhere here is resumed with no metric missing or doubled: the checkpoint
-    decides which epochs are done, and the tracker is told of them from the file.
+    In this order a run cut off anywhere here is resumed with no metric missing or doubled: the checkpoint has
+    what a lost line said, and the tracker is told again from the file.
+
+    Args:
+        state: the checkpoint.
+        folder: gets it and, where the epoch is `new` in it, a line in `metrics.jsonl`.
+        tracker: is told of the metrics.
+        best: whether it is the best checkpoint so far.
 
     Raises:
         ConfigError: a file cannot be written.
     """
+    epoch = {"epoch": state["epoch"], "timestamp_ms": state["timestamp_ms"]}
     with unstopped():
-        timestamp_ms = time.time_ns() // 1_000_000
-        append_metrics(folder, state["epoch"], timestamp_ms, state["metrics"])
         checkpoint.save(state, folder, best=best)
-        tracker.log(state["metrics"], state["epoch"], timestamp_ms)
-
-
-def append_metrics(folder: Path, epoch: int, timestamp_ms: int, results: dict[str, float]) -> None:
-    """Add an epoch's line to `metrics.jsonl`.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    path = folder / "metrics.jsonl"
-    try:
-        with path.open("a") as file:
-            file.write(json.dumps({"epoch": epoch, "timestamp_ms": timestamp_ms, **results}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written ({error.strerror}). The last checkpoint is whole; make room and go on"
-            " with trainer.resume=auto."
-        ) from error
+        if new:
+            checkpoint.append_line(folder / "metrics.jsonl", json.dumps(epoch | state["metrics"]))
+    tracker.log(state["metrics"], state["epoch"], state["timestamp_ms"])
 
 
 def log_expected_end(started: float, epochs: int) -> None:

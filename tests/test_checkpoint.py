@@ -15,7 +15,12 @@ from okddip.errors import ConfigError
 
 
 def state(epoch: int) -> dict[str, Any]:
-    return {"config": {}, "epoch": epoch, "group": {"weights": torch.full((1000,), float(epoch))}}
+    return {
+        **{key: kind() for key, kind in (checkpoint.KEYS | checkpoint.TRAINING_KEYS).items()},
+        "config": {group: {} for group in checkpoint.GROUPS},
+        "epoch": epoch,
+        "group": {"weights": torch.full((1000,), float(epoch))},
+    }
 
 
 def test_the_one_before_is_kept_and_the_best_is_the_same_file(tmp_path: Path) -> None:
@@ -42,7 +47,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Pat
 def test_a_full_disk_is_named_and_leaves_the_one_before(tmp_path: Path) -> None:
     checkpoint.save(state(0), tmp_path, best=True)
     (tmp_path / "last.new").symlink_to("/dev/full")
-    with pytest.raises(ConfigError, match=r"last\.pt: the checkpoint cannot be written .*No space left"):
+    with pytest.raises(ConfigError, match=r"last\.pt: cannot be written \(No space left"):
         checkpoint.save(state(1), tmp_path, best=True)
     assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 0
 
@@ -77,7 +82,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
     checkpoint.save(state(0), tmp_path, best=False)
     checkpoint.save(state(1), tmp_path, best=False)
     (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-100])
-    assert checkpoint.load_or_previous(tmp_path / "last.pt")["epoch"] == 0
+    assert checkpoint.load_last(tmp_path)["epoch"] == 0
     assert "last.pt: cannot be read" in caplog.text
     assert "previous.pt" in caplog.text
     assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 0  # and it is what the next one follows
@@ -98,12 +103,13 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     program = (
         "import torch\nfrom pathlib import Path\nfrom okddip import checkpoint\n"
+        "from test_checkpoint import state\n"
         "for epoch in range(10**6):\n"
         "    weights = torch.full((300_000,), float(epoch))\n"
-        "    state = {'config': {}, 'epoch': epoch, 'group': {'weights': weights}}\n"
-        "    checkpoint.save(state, Path('.'), best=True)\n"
+        "    checkpoint.save(state(epoch) | {'group': {'weights': weights}}, Path('.'), best=True)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+    paths = [Path(checkpoint.__file__).parents[1], Path(__file__).parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     for wait in (0.05, 0.11, 0.17):
         writer = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment)
         (tmp_path / "last.pt").unlink(missing_ok=True)

@@ -164,7 +164,9 @@ def test_a_data_set_may_have_moved(okddip: Okddip, tmp_path: Path) -> None:
 def test_bad_input_is_refused_by_name(okddip: Okddip, overrides: list[str], message: str) -> None:
     Path("text.pt").write_text("no checkpoint")
     Path("run").mkdir()
-    checkpoint.save({"group": {}, "method": {}, "config": {}}, Path("run"), best=True)
+    state = {key: kind() for key, kind in checkpoint.KEYS.items()}
+    state["config"] = {group: {} for group in checkpoint.GROUPS}
+    checkpoint.save(state, Path("run"), best=True)
     answer = okddip(*EVALUATE, "tracking=none", *overrides)
     assert answer.code == 1
     assert message in answer.err

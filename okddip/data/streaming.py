@@ -19,6 +19,7 @@ from okddip.data.loader import batch_seed, seed_of, share
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
 from okddip.errors import ConfigError, check_choice
+from okddip.signals import leave_signals_to_the_parent
 
 log = logging.getLogger(__name__)
 
@@ -227,6 +228,7 @@ class StreamingLoader:
             batch_sampler=self._draws(epoch),
             collate_fn=_collate,
             num_workers=self.workers,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the default one, which dropout uses
         )
