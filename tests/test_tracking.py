@@ -405,9 +405,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """`mlflow server` with no options but its port, as a user starts it beside mlflow.db."""
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+def mlflow_server(folder: Path, port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`mlflow server`; with no options but its port, as a user starts it beside mlflow.db."""
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     with (folder / "server.log").open("a") as output:
         server = subprocess.Popen(
