@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --he
 logger = logging.getLogger(__name__)
 
 OPEN_SECONDS = 6.0  # until a store that does not answer is given up
-LOCK_SECONDS = 120.0  # for other processes of a sweep that open the same file; seconds each
+LOCK_SECONDS = 120.0  # for other processes that open the same new store; seconds each
 SEND_SECONDS = 0.8  # what an epoch waits for one answer; at most two are waited for
 RETRY_SECONDS = 10.0  # how long a store that does not answer is left alone
 UPLOAD_SECONDS = 60.0  # a server may store a large file before it answers
@@ -44,7 +44,8 @@ MAX_PARAMS, MAX_TAGS, MAX_METRICS = 100, 100, 1000
 
 ALLOWED_URIS = (
     "sqlite:///FILE in a folder that exists and can be written, the address of a running MLflow server "
-    "(http://HOST:PORT), or a database as SQLAlchemy names it (postgresql, mysql, mssql)"
+    "(http://HOST:PORT), or a database as SQLAlchemy names it (postgresql+psycopg://USER@HOST/NAME after "
+    "pip install 'psycopg[binary]'; mysql, mssql)"
 )
 
 
@@ -93,9 +94,9 @@ class MLflow:
             if self.uri.startswith("sqlite:"):
                 self._open_sqlite()
             elif re.match("postgresql|mysql|mssql", self.uri):
-                _within(OPEN_SECONDS, partial(_connect, self.uri))
-                self._client = MlflowClient(self.uri)
-                self._ensure_experiment()
+                with _turn(self.uri):
+                    self._client = MlflowClient(self.uri)
+                    self._ensure_experiment()
             else:
                 self._client = MlflowClient(self.uri)
                 _within(OPEN_SECONDS, self._ensure_experiment)
@@ -509,10 +510,20 @@ def _may_pass(error: Exception) -> bool:
     return status >= 500 or status == 429
 
 
-def _connect(uri: str) -> None:
-    from sqlalchemy import create_engine
+@contextmanager
+def _turn(uri: str) -> Iterator[None]:
+    """Reach a database; in PostgreSQL, let one process at a time create MLflow's tables and experiment.
 
-    create_engine(uri).connect().close()
+    Those that do it at once fail: PostgreSQL refuses what another has created a moment ago.
+    """
+    from sqlalchemy import NullPool, create_engine, func, select
+
+    with _within(OPEN_SECONDS, create_engine(uri, poolclass=NullPool).connect) as connection:
+        if connection.dialect.name == "postgresql":
+            # held until the connection is closed; any number will do that nobody else takes
+            lock = select(func.pg_advisory_xact_lock(int.from_bytes(b"okddip")))
+            _within(LOCK_SECONDS, partial(connection.execute, lock))
+        yield
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
