@@ -161,6 +161,19 @@ def is_job() -> bool:
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
+def gpu_in_turn(gpus: int) -> int | None:
+    """Which of the visible GPUs a job takes that joblib runs beside others; None for any other run.
+
+    Jobs take them in turn: of four, job 6 of a sweep takes GPU 2. It is no setting, so a job is the same on
+    any of them. CUDA_VISIBLE_DEVICES would not do: CUDA reads it once, and joblib's processes run job after
+    job. Launchers for clusters give each job GPUs of its own.
+    """
+    if not HydraConfig.initialized() or not is_job():
+        return None
+    launcher, number = HydraConfig.get().launcher._target_, HydraConfig.get().job.num
+    return number % gpus if launcher.endswith("JoblibLauncher") else None
+
+
 def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[[DictConfig], Any]) -> Any:
     """Run a job of a sweep so that, whatever becomes of it, the others run too.
 

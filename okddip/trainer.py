@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from okddip import checkpoint, distributed, metrics
+from okddip import checkpoint, distributed, metrics, sweep
 from okddip.data.dataset import Dataset
 from okddip.data.loader import seed_of
 from okddip.errors import ConfigError, check_choice, check_number
@@ -450,6 +450,8 @@ class ForwardStep(nn.Module):
 def find_device(name: str) -> torch.device:
     """The device a setting names; `auto` is CUDA if there is one, else the CPU.
 
+    `auto` and `cuda` are different GPUs for ranks, and for the jobs of a sweep that run side by side.
+
     Raises:
         ConfigError: there is no such device.
     """
@@ -481,6 +483,11 @@ def find_device(name: str) -> torch.device:
             f"trainer.device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here."
             " Use trainer.device=cpu or trainer.device=auto."
         )
+    if device.type == "cuda" and device.index is None:
+        index = sweep.gpu_in_turn(torch.cuda.device_count())
+        if index is not None:
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)  # for what names no device, like page-locked memory
     return device
 
 

@@ -22,8 +22,9 @@ from mlflow.entities import Run
 from omegaconf import DictConfig, OmegaConf
 
 from okddip import checkpoint
+from okddip.errors import ConfigError
 from okddip.main import CONFIG_HOME
-from okddip.trainer import Trainer
+from okddip.trainer import Trainer, find_device
 
 Okddip = Callable[..., Answer]
 REPOSITORY = Path(__file__).parents[1]
@@ -394,6 +395,98 @@ def test_threads_are_divided_among_the_jobs_of_joblib(
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert [path.read_text() for path in tmp_path.glob("sweep/*/threads")] == ["1", "1"]
+
+
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> list[torch.device]:
+    """Let PyTorch see GPUs; the list gets those that become the current one."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+@pytest.mark.parametrize(("gpus", "taken"), [(1, [0, 0, 0, 0, 0]), (3, [0, 1, 2, 0, 1])])
+def test_jobs_side_by_side_take_the_visible_gpus_in_turn(
+    configured: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, gpus: int, taken: list[int]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    current = pretend_gpus(monkeypatch, gpus)
+    devices = []
+    for job in range(5):
+        configured("hydra/launcher=joblib", f"hydra.job.num={job}")
+        devices += [find_device("auto"), find_device("cuda")]
+    assert devices == current == [torch.device("cuda", gpu) for gpu in taken for _ in range(2)]
+    assert find_device("cuda:0") == torch.device("cuda:0")
+    assert find_device("cpu") == torch.device("cpu")
+    assert len(current) == 10
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["hydra.job.num=1"], ["hydra/launcher=joblib"]], ids=["run", "sequential", "no job"]
+)
+def test_a_run_that_has_no_other_beside_it_takes_the_current_gpu(
+    configured: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+) -> None:
+    current = pretend_gpus(monkeypatch, 3)
+    configured(*overrides)
+    assert find_device("auto") == find_device("cuda") == torch.device("cuda")
+    assert current == []
+
+
+def test_without_a_gpu_jobs_side_by_side_train_on_the_cpu(
+    configured: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    pretend_gpus(monkeypatch, 0)
+    configured("hydra/launcher=joblib", "hydra.job.num=1")
+    assert find_device("auto") == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"trainer\.device=cuda: PyTorch sees 0 CUDA devices"):
+        find_device("cuda")
+
+
+DEVICES = """
+import os
+from pathlib import Path
+import torch
+from hydra.core.hydra_config import HydraConfig
+from okddip.resume import identity
+from okddip.trainer import find_device
+
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 3
+torch.cuda.set_device = lambda device: None
+
+
+def note(config, build):
+    facts = f"{find_device(config.trainer.device)} {identity(config)} {os.getpid()}"
+    Path(HydraConfig.get().runtime.output_dir, "facts").write_text(facts)
+    return 0.0
+"""
+
+
+@pytest.mark.slow
+def test_a_job_is_the_same_on_whatever_gpu_it_runs(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (tmp_path / "devices.py").write_text(DEVICES)
+
+    def facts(folder: str, *launcher: str) -> list[list[str]]:
+        command = [sys.executable, "-m", "okddip.main", "-m", "task._target_=devices.note", "seed=0,1,2,3,4"]
+        finished = subprocess.run(
+            [*command, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=${hydra.job.num}", *launcher],
+            env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"},
+            capture_output=True,
+            text=True,
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        return [(tmp_path / folder / str(job) / "facts").read_text().split() for job in range(5)]
+
+    beside = facts("beside", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    alone = facts("alone")
+    assert [device for device, _, _ in beside] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0", "cuda:1"]
+    assert [device for device, _, _ in alone] == ["cuda"] * 5
+    assert [identity for _, identity, _ in beside] == [identity for _, identity, _ in alone]
+    assert len({process for _, _, process in beside}) < 5  # one process has jobs on several GPUs
 
 
 @pytest.mark.slow

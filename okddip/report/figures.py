@@ -179,7 +179,8 @@ def against_peers(groups: dict[str, Group], history: History, place: str) -> Fig
         members = sorted(members, key=peers)
         counts = [peers(group) for group in members]
         times = [pd.Series([step_ms(run, history) for run in group.runs]) for group in members]
-        devices |= {runs.tag(run, "device") or "" for group in members for run in group.runs} - {""}
+        tags = (runs.tag(run, "device") or "" for group in members for run in group.runs)
+        devices |= {tag.partition(":")[0] for tag in tags} - {""}  # jobs side by side: cuda:0, cuda:1
         for axes, scores in ((accuracy, [group.scores["last"] for group in members]), (time, times)):
             axes.errorbar(
                 counts,
