@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from okddip import distributed, metrics
+from okddip.data.loader import Share
 from okddip.models.group import PeerGroup
 from okddip.tasks import Parts
 from okddip.trainer import PRECISIONS, Trainer
@@ -48,11 +49,11 @@ class Bench:
         self.eval_forward = self.trainer.forward_step(self.group, self.method, diversity=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.trainer.precision == "fp16")
         self.ramp = torch.ones((), device=device)
-        ranks = {"rank": distributed.rank(), "ranks": distributed.ranks()}
-        loader = parts.dataset.train_loader(self.trainer.batch_size, device, 0, channels_last, **ranks)
+        share = Share(distributed.rank(), distributed.ranks())
+        loader = parts.dataset.train_loader(self.trainer.batch_size, device, 0, channels_last, share)
         self.train_batches = endless(loader.batches)
         self.eval_loader = parts.dataset.eval_loader(
-            "test", self.trainer.eval_batch_size, device, channels_last, **ranks
+            "test", self.trainer.eval_batch_size, device, channels_last, share
         )
         self.eval_batch = next(iter(self.eval_loader.batches()))
         self.sums: metrics.Sums | None = None

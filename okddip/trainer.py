@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from okddip import checkpoint, distributed, metrics, sweep
 from okddip.data.dataset import Dataset
-from okddip.data.loader import seed_of
+from okddip.data.loader import Share, seed_of
 from okddip.errors import ConfigError, check_choice, check_number
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
@@ -161,14 +161,13 @@ class Trainer:
             ConfigError: a loss is not finite, or a file cannot be written.
         """
         self.set_backend_flags()
-        rank, ranks = distributed.rank(), distributed.ranks()
+        rank = distributed.rank()
+        share = Share(rank, distributed.ranks())
         train_step = distributed.synchronise(self.forward_step(group, method, diversity=False))
         eval_step = self.forward_step(group, method, diversity=True)
-        loader = dataset.train_loader(self.batch_size, self.device, seed, self.channels_last, rank, ranks)
+        loader = dataset.train_loader(self.batch_size, self.device, seed, self.channels_last, share)
         eval_loaders = {
-            split: dataset.eval_loader(
-                split, self.eval_batch_size, self.device, self.channels_last, rank, ranks
-            )
+            split: dataset.eval_loader(split, self.eval_batch_size, self.device, self.channels_last, share)
             for split in dataset.sizes
             if split != "train"
         }

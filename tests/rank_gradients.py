@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from okddip import distributed
+from okddip.data.loader import Share
 from okddip.main import CONFIG_HOME, build
 
 CASES = (
@@ -46,7 +47,7 @@ def gradients(overrides: list[str]) -> list[tuple[float, dict[str, Tensor]]]:
     step = distributed.synchronise(trainer.forward_step(group, method, diversity=False))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loader = parts.dataset.train_loader(
-        trainer.batch_size, trainer.device, 0, rank=distributed.rank(), ranks=distributed.ranks()
+        trainer.batch_size, trainer.device, 0, share=Share(distributed.rank(), distributed.ranks())
     )
     losses = []
     for images, labels in loader.batches(0):

@@ -17,7 +17,7 @@ from conftest import Answer
 from PIL import Image
 
 from okddip import checkpoint
-from okddip.data.loader import share
+from okddip.data.loader import Share
 
 Okddip = Callable[..., Answer]
 SMALL = ("dataset=digits", "model=resnet8", "method.peers=3", "optimizer.lr=0.02", "trainer.batch_size=96")
@@ -71,7 +71,7 @@ def tracked_runs(folder: Path) -> list[mlflow.entities.Run]:
 @pytest.mark.parametrize("size", range(1, 20))
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_shares_are_the_whole_batch_and_no_image_is_alone(size: int, ranks: int) -> None:
-    shares = [list(range(size))[share(size, rank, ranks)] for rank in range(ranks)]
+    shares = [list(range(size))[Share(rank, ranks).of(size)] for rank in range(ranks)]
     assert [image for images in shares for image in images] == list(range(size))
     assert size == 1 or all(len(images) != 1 for images in shares)
     if size % ranks == 0 and size >= 2 * ranks:

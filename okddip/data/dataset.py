@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from okddip.data.augment import Normalization, normalization
-from okddip.data.loader import EvalLoader, TrainLoader
+from okddip.data.loader import ALL, EvalLoader, Share, TrainLoader
 from okddip.data.options import check_options, image_shape
 from okddip.data.sources import Source, Split
 from okddip.data.stratify import hold_out
@@ -91,10 +91,9 @@ class Dataset:
         device: torch.device,
         seed: int,
         channels_last: bool = False,
-        rank: int = 0,
-        ranks: int = 1,
+        share: Share = ALL,
     ) -> TrainLoader:
-        """Shuffled, augmented batches of the training images; of each batch a rank's share."""
+        """Shuffled, augmented batches of the training images; of each batch a share."""
         return TrainLoader(
             self.splits["train"],
             batch_size,
@@ -105,8 +104,7 @@ class Dataset:
             flip=self.flip,
             on_device=self._fits(device),
             channels_last=channels_last,
-            rank=rank,
-            ranks=ranks,
+            share=share,
         )
 
     def eval_loader(
@@ -115,10 +113,9 @@ class Dataset:
         batch_size: int,
         device: torch.device,
         channels_last: bool = False,
-        rank: int = 0,
-        ranks: int = 1,
+        share: Share = ALL,
     ) -> EvalLoader:
-        """Batches of a split ("train", "test" or "val") in order, without augmentation; a rank's share."""
+        """Batches of a split ("train", "test" or "val") in order, without augmentation; a share of each."""
         check_choice("split", split, self.splits)
         return EvalLoader(
             self.splits[split],
@@ -127,8 +124,7 @@ class Dataset:
             self._constants(device),
             on_device=self._fits(device),
             channels_last=channels_last,
-            rank=rank,
-            ranks=ranks,
+            share=share,
         )
 
     def _constants(self, device: torch.device) -> Normalization:

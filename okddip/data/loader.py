@@ -1,6 +1,7 @@
 """Batches of a data set that is held in memory as uint8 images, if possible in the device's own."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +23,24 @@ def batch_seed(seed: int, epoch: int, step: int) -> int:
     return seed_of(seed, epoch, step + 1)
 
 
-def share(size: int, rank: int, ranks: int) -> slice:
-    """The part of a batch of `size` images that a rank takes.
+class Share(NamedTuple):
+    """Which part of each batch a loader gives: that of one rank of several, or all."""
 
-    Parts are as equal as can be, and of two images at least (batch norm cannot normalise a single value) or
-    none.
-    """
-    sharing = max(1, min(ranks, size // 2))
-    return slice(min(rank, sharing) * size // sharing, min(rank + 1, sharing) * size // sharing)
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, size: int) -> slice:
+        """The part of a batch of `size` images.
+
+        Parts are as equal as can be, and of two images at least (batch norm cannot normalise a single value)
+        or none.
+        """
+        sharing = max(1, min(self.ranks, size // 2))
+        first, end = (min(rank, sharing) * size // sharing for rank in (self.rank, self.rank + 1))
+        return slice(first, end)
+
+
+ALL = Share()
 
 
 class _Loader:
@@ -43,12 +54,11 @@ class _Loader:
         constants: Normalization,
         on_device: bool,
         channels_last: bool,
-        rank: int,
-        ranks: int,
+        share: Share,
     ) -> None:
         self.size = len(split.labels)
         self.batch_size = batch_size
-        self.rank, self.ranks = rank, ranks
+        self.share = share
         self.device = device
         self.constants = constants
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -85,8 +95,7 @@ class TrainLoader(_Loader):
         pad, flip: see `augment`.
         on_device: whether the images are kept on `device` or stay on the host.
         channels_last: memory format of the batches.
-        rank, ranks: of each batch this loader gives the `share` of one rank, the same images as without
-            ranks.
+        share: what is given of each batch; the same images whether it is shared or not.
     """
 
     def __init__(
@@ -101,10 +110,9 @@ class TrainLoader(_Loader):
         flip: bool,
         on_device: bool = True,
         channels_last: bool = False,
-        rank: int = 0,
-        ranks: int = 1,
+        share: Share = ALL,
     ) -> None:
-        super().__init__(split, batch_size, device, constants, on_device, channels_last, rank, ranks)
+        super().__init__(split, batch_size, device, constants, on_device, channels_last, share)
         self.seed = seed
         self.pad = pad
         self.flip = flip
@@ -119,7 +127,7 @@ class TrainLoader(_Loader):
         order = torch.randperm(self.size, generator=shuffler, device=place)
         drawer = torch.Generator(self.device)
         for step, indices in enumerate(order.split(self.batch_size)[: len(self)]):
-            part = share(len(indices), self.rank, self.ranks)
+            part = self.share.of(len(indices))
             images, labels = self._take(indices[part])
             drawer.manual_seed(batch_seed(self.seed, epoch, step))
             draws = Draws(*(x[part] for x in draw(len(indices), drawer, self.pad, self.flip)))
@@ -138,13 +146,12 @@ class EvalLoader(_Loader):
         *,
         on_device: bool = True,
         channels_last: bool = False,
-        rank: int = 0,
-        ranks: int = 1,
+        share: Share = ALL,
     ) -> None:
-        super().__init__(split, batch_size, device, constants, on_device, channels_last, rank, ranks)
+        super().__init__(split, batch_size, device, constants, on_device, channels_last, share)
 
     def batches(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [B, C, H, W] float32 and labels [B] on the device; the same in every epoch."""
         for indices in torch.arange(self.size, device=self.images.device).split(self.batch_size):
-            images, labels = self._take(indices[share(len(indices), self.rank, self.ranks)])
+            images, labels = self._take(indices[self.share.of(len(indices))])
             yield normalize(images, self.constants, self.memory_format), labels

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from okddip.data.augment import Normalization, normalization, normalize
 from okddip.data.folder import read_image, scan
-from okddip.data.loader import batch_seed, seed_of, share
+from okddip.data.loader import ALL, Share, batch_seed, seed_of
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
 from okddip.errors import ConfigError, check_choice
@@ -133,10 +133,9 @@ class StreamingDataset:
         device: torch.device,
         seed: int,
         channels_last: bool = False,
-        rank: int = 0,
-        ranks: int = 1,
+        share: Share = ALL,
     ) -> "StreamingLoader":
-        """Shuffled, augmented batches of the training images; of each batch a rank's share."""
+        """Shuffled, augmented batches of the training images; of each batch a share."""
         return StreamingLoader(
             self,
             self.splits["train"],
@@ -145,8 +144,7 @@ class StreamingDataset:
             device,
             channels_last,
             seed=seed,
-            rank=rank,
-            ranks=ranks,
+            share=share,
         )
 
     def eval_loader(
@@ -155,10 +153,9 @@ class StreamingDataset:
         batch_size: int,
         device: torch.device,
         channels_last: bool = False,
-        rank: int = 0,
-        ranks: int = 1,
+        share: Share = ALL,
     ) -> "StreamingLoader":
-        """Batches of a split ("train", "test" or "val") in order, without augmentation; a rank's share."""
+        """Batches of a split ("train", "test" or "val") in order, without augmentation; a share of each."""
         check_choice("split", split, self.splits)
         return StreamingLoader(
             self,
@@ -168,8 +165,7 @@ class StreamingDataset:
             device,
             channels_last,
             seed=None,
-            rank=rank,
-            ranks=ranks,
+            share=share,
         )
 
 
@@ -183,7 +179,7 @@ class StreamingLoader:
 
     Args:
         seed: None for all images in order.
-        rank, ranks: see `okddip.data.loader.TrainLoader`.
+        share: see `okddip.data.loader.TrainLoader`.
     """
 
     def __init__(
@@ -196,10 +192,9 @@ class StreamingLoader:
         channels_last: bool,
         *,
         seed: int | None,
-        rank: int,
-        ranks: int,
+        share: Share,
     ) -> None:
-        self.rank, self.ranks = rank, ranks
+        self.share = share
         self.image_size = dataset.image_size
         self.size = len(files.labels)
         self.skipped = 0  # images left out so far because they cannot be read
@@ -241,7 +236,7 @@ class StreamingLoader:
             alone = 1 if self.seed is not None else 0  # batch norm cannot normalise a single value
             if len(labels) <= alone:
                 images, labels = torch.empty(0, *self.image_size, 3, dtype=torch.uint8), labels[:0]
-            if len(labels) or self.ranks > 1:  # other ranks may have images of this batch
+            if len(labels) or self.share.ranks > 1:  # other ranks may have images of this batch
                 images = images.to(self.device, non_blocking=True)  # [B, H, W, 3] uint8
                 labels = labels.to(self.device, non_blocking=True)
                 yield normalize(images, self.constants, self.memory_format), labels
@@ -257,7 +252,7 @@ class StreamingLoader:
             places = range(first, min(first + self.batch_size, self.size))
             yield [
                 Draw(int(order[place]), None if self.seed is None else batch_seed(self.seed, epoch, place))
-                for place in places[share(len(places), self.rank, self.ranks)]
+                for place in places[self.share.of(len(places))]
             ]
 
 
