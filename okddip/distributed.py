@@ -46,10 +46,22 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def silence_others() -> None:
-    """Let rank 0 alone say what all would say of a command: help, or what is wrong with it."""
-    if rank() > 0:
-        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until `process_group`)
+@contextmanager
+def rank_0_speaks() -> Iterator[None]:
+    """Until `process_group`, let rank 0 alone say what all would: help, or what is wrong with a command."""
+    if rank() == 0:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        try:
+            yield
+        except SystemExit as end:
+            if end.code != 0 and sys.stderr is nowhere:
+                time.sleep(PATIENCE)
+            raise
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 @contextmanager

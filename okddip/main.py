@@ -284,12 +284,13 @@ def make(key: str, node: DictConfig, **arguments: Any) -> Any:
 
 def cli() -> None:
     """The console command: a run, a sweep or help."""
-    distributed.silence_others()
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(usage(CONFIG_HOME, sys.argv[1:]))
-        sys.argv[1:] = ["--cfg", "job", *(part for part in sys.argv[1:] if part not in ("--help", "-h"))]
     try:
-        main()
+        with distributed.rank_0_speaks():
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(usage(CONFIG_HOME, sys.argv[1:]))
+                rest = [part for part in sys.argv[1:] if part not in ("--help", "-h")]
+                sys.argv[1:] = ["--cfg", "job", *rest]
+            main()
     except BaseException as error:
         sweep.end(error)
         raise
