@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -259,14 +259,11 @@ def lock(folder: Path) -> AbstractContextManager[object]:
     try:
         return FileLock(folder / "run.lock").acquire(timeout=0)
     except Timeout:
-        raise ConfigError(f"{folder}: this run is still running in another process.") from None
+        raise ConfigError(
+            f"{folder}: this run is still running in another process. (If it is not, remove run.lock there.)"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}).") from error
-    except NotImplementedError:  # some file systems of clusters
-        log.warning(
-            "%s: this file system has no locks, so see to it that one process runs at a time.", folder
-        )
-        return nullcontext()
 
 
 def folder_of(config: DictConfig, run_id: str) -> Path | None:

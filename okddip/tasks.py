@@ -23,6 +23,8 @@ from okddip.signals import asked_to_stop, stop_on_signals, unstopped
 from okddip.trainer import Trainer
 
 log = logging.getLogger(__name__)
+# it reports at exit if a signal breaks off the import of what silences it
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.WARNING)
 
 
 @dataclass

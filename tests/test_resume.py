@@ -2,8 +2,10 @@
 
 import json
 import os
+import pydoc
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 from conftest import Answer
+from PIL import Image
 
 from okddip import checkpoint
+from okddip.tracking import MLflow
 from okddip.trainer import Trainer
 
 Okddip = Callable[..., Answer]
@@ -74,6 +79,7 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
         pytest.param(
             ["method=okddip", "trainer.precision=bf16", "trainer.compile=true"], marks=pytest.mark.slow
         ),
+        pytest.param(["method=one", "trainer.compile=true"], marks=pytest.mark.slow),
     ],
     ids=lambda overrides: " ".join(overrides),
 )
@@ -217,6 +223,408 @@ def test_a_requeued_slurm_job_goes_on_by_itself(
     assert "goes on after epoch 1" in okddip(*SMALL, "tracking=none").out
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose tables exist; creating them takes seconds."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MLflow(f"sqlite:///{file}", "first").open()
+    return file
+
+
+@pytest.fixture
+def client(empty_store: Path, tmp_path: Path) -> mlflow.MlflowClient:
+    """Of the store that runs of this test write to."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def the_run(client: mlflow.MlflowClient) -> Any:
+    experiment = client.get_experiment_by_name("okddip")
+    assert experiment is not None
+    [run] = client.search_runs([experiment.experiment_id])
+    return run
+
+
+def assert_told_once(client: mlflow.MlflowClient, folder: Path, epochs: int = 4) -> None:
+    """The one run of the store is finished, and has what `metrics.jsonl` says, once."""
+    run = the_run(client)
+    assert run.info.status == "FINISHED"
+    lines = lines_of(folder)
+    assert [line["epoch"] for line in lines] == list(range(epochs))
+    for name in ("train/loss", "test/top1", "train/images_per_second"):
+        logged = client.get_metric_history(run.info.run_id, name)
+        assert [(m.step, m.timestamp, m.value) for m in sorted(logged, key=lambda m: m.step)] == [
+            (line["epoch"], line["timestamp_ms"], line[name]) for line in lines
+        ], name
+    final = client.get_metric_history(run.info.run_id, "final/top1")
+    assert len(final) == len({metric.step for metric in final})
+    assert max(metric.step for metric in final) == epochs - 1
+
+
+STREAMED = (
+    *("dataset=imagenet", "dataset.root=images", "dataset.image_size=32", "dataset.resize=32"),
+    *("model=resnet8", "method=okddip", "trainer.batch_size=8"),
+)
+
+
+def draw_folders(root: Path) -> None:
+    """Folders of small images in two classes."""
+    pixels = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for label in ("cat", "dog"):
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(pixels.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+                image.save(root / split / label / f"{number}.png")
+
+
+TINY = ("method=baseline", *SMALL)
+BARE = (*TINY, "tracking=none")
+
+
+def test_an_epoch_whose_checkpoint_was_damaged_is_not_told_of_twice(
+    okddip: Okddip, tmp_path: Path, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert okddip(*BARE, "hydra.run.dir=whole/run").code == 0
+    folder = tmp_path / "runs" / "run"
+    with monkeypatch.context() as patch:
+        cut_off(patch, epoch=3)
+        assert okddip(*TINY, "hydra.run.dir=runs/run").code == 1
+    before = (folder / "metrics.jsonl").read_text()
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:-1000])
+    with monkeypatch.context() as patch:  # and once more, now with a whole checkpoint of the epoch before
+        cut_off(patch, epoch=2)
+        assert okddip(*TINY, "hydra.run.dir=runs/run", "trainer.resume=auto").code == 1
+    answer = okddip(*TINY, "hydra.run.dir=runs/run", "trainer.resume=auto")
+    assert "goes on after epoch 2" in answer.out
+    assert (folder / "metrics.jsonl").read_text().startswith(before)
+    assert_told_once(client, folder)
+    assert are_the_same(weights(tmp_path / "whole" / "run"), weights(folder))
+
+
+@pytest.mark.parametrize("left", ["", '{"epoch": 1, "timestamp_ms": 1, "tra', "\0\0\0\0"])
+def test_a_lost_line_comes_back_from_the_checkpoint(
+    okddip: Okddip,
+    tmp_path: Path,
+    client: mlflow.MlflowClient,
+    monkeypatch: pytest.MonkeyPatch,
+    left: str,
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        cut_off(patch, epoch=2)
+        assert okddip(*TINY, "hydra.run.dir=run").code == 1
+    first, second = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(first + left)
+    assert okddip(*TINY, "hydra.run.dir=run", "trainer.resume=auto").code == 0
+    assert (folder / "metrics.jsonl").read_text().startswith(first + second)
+    assert_told_once(client, folder)
+
+
+def test_a_finished_run_of_mlflow_is_taken_up_without_its_folder(
+    okddip: Okddip, tmp_path: Path, client: mlflow.MlflowClient
+) -> None:
+    assert okddip(*TINY, "hydra.run.dir=runs/run").code == 0
+    shutil.rmtree(tmp_path / "runs")
+    reference = f"trainer.resume=runs:/{the_run(client).info.run_id}"
+    answer = okddip(*TINY, reference, "hydra.run.dir=elsewhere")
+    assert answer.code == 0, answer.err
+    assert "is finished after epoch 4" in answer.out
+    assert "student *" in answer.out
+    assert_told_once(client, tmp_path / "elsewhere")
+
+    longer = [part.replace("epochs=4", "epochs=6") for part in TINY]
+    assert okddip(*longer, reference).code == 0  # by now its folder is here again
+    assert_told_once(client, tmp_path / "elsewhere", epochs=6)
+
+
+def test_a_copied_checkpoint_goes_on_as_a_new_run_with_its_history(
+    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert okddip(*BARE, "hydra.run.dir=runs/run").code == 0
+    with monkeypatch.context() as patch:
+        cut_off(patch, epoch=2)
+        assert okddip(*BARE, "hydra.run.dir=runs/cut").code == 1
+    (tmp_path / "usb").mkdir()
+    for name in ("last.pt", "best.pt", "metrics.jsonl"):
+        shutil.copy(tmp_path / "runs" / "cut" / name, tmp_path / "usb" / name)
+    answer = okddip(*BARE, "hydra.run.dir=runs/copy", "trainer.resume=usb/last.pt")
+    assert answer.code == 0, answer.err
+    assert "goes on after epoch 2" in answer.out
+    assert are_the_same(weights(tmp_path / "runs" / "run"), weights(tmp_path / "runs" / "copy"))
+    assert lines_of(tmp_path / "runs" / "copy")[:2] == lines_of(tmp_path / "usb")
+    assert len(lines_of(tmp_path / "runs" / "copy")) == 4
+    assert (tmp_path / "runs" / "copy" / "best.pt").exists()
+
+    shutil.copy(tmp_path / "runs" / "run" / "last.pt", tmp_path / "alone.pt")
+    answer = okddip(*BARE, "hydra.run.dir=runs/alone", "trainer.resume=alone.pt")
+    assert answer.code == 0, answer.err
+    assert "is finished after epoch 4" in answer.out
+    assert lines_of(tmp_path / "runs" / "alone") == lines_of(tmp_path / "runs" / "run")[3:]
+
+
+@pytest.mark.parametrize("name", ["best.pt", "previous.pt"])
+def test_a_run_goes_on_from_its_last_epoch_alone(okddip: Okddip, client: object, name: str) -> None:
+    assert okddip(*TINY, "hydra.run.dir=run").code == 0
+    for run in ("run", f"runs:/{json.loads(Path('run/run.json').read_text())['tracking_id']}"):
+        answer = okddip(*TINY, f"trainer.resume={run}/{name}")
+        assert answer.code == 1
+        assert f"trainer.resume={run}/{name}: a run goes on from its last epoch" in answer.err
+        assert f"Give trainer.resume={run} " in answer.err
+
+
+def test_a_run_is_not_trained_over_another(okddip: Okddip, tmp_path: Path) -> None:
+    assert okddip(*BARE, "hydra.run.dir=run").code == 0
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    for overrides in ([], ["seed=1"], ["seed=1", "trainer.resume=auto"]):
+        answer = okddip(*BARE, "hydra.run.dir=run", *overrides)
+        assert answer.code == 1
+        assert "there is a run in this folder already" in answer.err
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", [b"", b'{"identity": "58c', b"[]", b"\xff\xfe", b"\0" * 50])
+def test_a_damaged_note_of_another_run_is_passed_over(okddip: Okddip, tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    (tmp_path / "runs" / "other" / "run.json").write_bytes(text)
+    answer = okddip(*BARE, "trainer.epochs=1", "hydra.run.dir=runs/run", "trainer.resume=auto")
+    assert answer.code == 0, answer.err
+    assert f"{tmp_path}/runs/other/run.json: cannot be read" in answer.out
+    assert "a new one" in answer.out
+
+
+@pytest.mark.parametrize("reference", ["auto", "runs/run", "runs/run/last.pt"])
+def test_a_run_whose_note_is_damaged_is_known_by_its_checkpoint(
+    okddip: Okddip,
+    tmp_path: Path,
+    client: mlflow.MlflowClient,
+    monkeypatch: pytest.MonkeyPatch,
+    reference: str,
+) -> None:
+    with monkeypatch.context() as patch:
+        cut_off(patch, epoch=2)
+        assert okddip(*TINY, "hydra.run.dir=runs/run").code == 1
+    (tmp_path / "runs" / "run" / "run.json").write_text('{"identity": ')
+    answer = okddip(*TINY, "hydra.run.dir=runs/again", f"trainer.resume={reference}")
+    assert answer.code == 0, answer.err
+    assert "goes on after epoch 2" in answer.out
+    assert_told_once(client, tmp_path / "runs" / "run")
+
+
+def test_a_run_that_was_made_longer_is_no_more_the_shorter_one(okddip: Okddip, tmp_path: Path) -> None:
+    longer = [part.replace("epochs=4", "epochs=6") for part in BARE]
+    assert okddip(*BARE, "hydra.run.dir=runs/run").code == 0
+    assert okddip(*longer, "hydra.run.dir=runs/unused", "trainer.resume=runs/run").code == 0
+    assert "is finished" in okddip(*longer, "hydra.run.dir=runs/unused", "trainer.resume=auto").out
+    assert "a new one" in okddip(*BARE, "hydra.run.dir=runs/short", "trainer.resume=auto").out
+    assert checkpoint.load(tmp_path / "runs" / "run" / "last.pt")["epoch"] == 5
+    answer = okddip(*BARE, "trainer.resume=runs/run")
+    assert answer.code == 1
+    assert "trainer.epochs: 6 there, 4 here" in answer.err
+
+
+def test_a_note_that_claims_another_run_is_not_believed(okddip: Okddip, tmp_path: Path) -> None:
+    assert okddip(*BARE, "hydra.run.dir=runs/one").code == 0
+    assert okddip(*BARE, "seed=1", "hydra.run.dir=runs/two").code == 0
+    shutil.copy(tmp_path / "runs/two/last.pt", tmp_path / "runs/one/last.pt")
+    answer = okddip(*BARE, "hydra.run.dir=runs/three", "trainer.resume=auto")
+    assert answer.code == 1
+    assert "seed: 1 there, 0 here" in answer.err
+
+
+FOREIGN: dict[str, Any] = {
+    "a tensor": torch.zeros(3),
+    "a list": [1, 2],
+    "a state_dict": {"conv.weight": torch.zeros(3, 3)},
+    "another program's": {"model": {}, "optimizer": {}, "epoch": 3, "config": {"lr": 0.1}, "group": "a"},
+    "an odd config": {"config": {"trainer": 3, "method": "${nowhere}"}, "group": {}, "method": {}},
+}
+
+
+@pytest.mark.parametrize("kind", [*FOREIGN, "lacks the optimizer", "other weights", "other moments"])
+def test_a_foreign_checkpoint_is_refused_by_name(okddip: Okddip, tmp_path: Path, kind: str) -> None:
+    if kind in FOREIGN:
+        state = FOREIGN[kind]
+    else:
+        assert okddip(*BARE, "trainer.epochs=1", "hydra.run.dir=run").code == 0
+        state = checkpoint.load(tmp_path / "run" / "last.pt")
+        if kind == "lacks the optimizer":
+            del state["optimizer"]
+        elif kind == "other weights":
+            state["group"] = {f"old.{name}": value for name, value in state["group"].items()}
+        else:
+            del state["optimizer"]["param_groups"][0]["params"][0]
+    torch.save(state, tmp_path / "foreign.pt")
+    overrides = [part.replace("epochs=4", "epochs=2") for part in BARE]
+    overrides = [*overrides, "trainer.epochs=2"] if kind not in FOREIGN else overrides
+    answers = [okddip(*overrides, "trainer.resume=foreign.pt", "hydra.run.dir=new")]
+    if kind in FOREIGN or kind == "other weights":
+        answers.append(okddip("task=evaluate", "checkpoint=foreign.pt", "tracking=none"))
+    for answer in answers:
+        assert answer.code == 1
+        assert "Traceback" not in answer.err
+        message = "does not fit" if kind.startswith("other ") else f"{tmp_path}/foreign.pt: is no checkpoint"
+        assert message.replace(f"{tmp_path}/", "") in answer.err.replace(f"{tmp_path}/", ""), answer.err
+
+
+def test_a_store_that_was_deleted_in_between_is_told_everything_again(
+    okddip: Okddip,
+    tmp_path: Path,
+    client: mlflow.MlflowClient,
+    empty_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        cut_off(patch, epoch=2)
+        assert okddip(*TINY, "hydra.run.dir=run").code == 1
+    first = the_run(client).info.run_id
+    shutil.copy(empty_store, tmp_path / "new.db")
+    answer = okddip(*TINY, "hydra.run.dir=run", "trainer.resume=run", "tracking.uri=sqlite:///new.db")
+    assert answer.code == 1
+    assert f"MLflow run {first}: cannot go on in tracking.uri=sqlite:///new.db" in answer.err
+    assert f"begun in tracking.uri=sqlite:///{tmp_path}/mlflow.db" in answer.err
+
+    note = tmp_path / "run" / "run.json"  # as if it had been begun in the store that lacks it now
+    note.write_text(note.read_text().replace("mlflow.db", "new.db"))
+    answer = okddip(*TINY, "hydra.run.dir=run", "trainer.resume=auto", "tracking.uri=sqlite:///new.db")
+    assert answer.code == 0, answer.err
+    assert f"MLflow run {first} is gone" in answer.out
+    assert_told_once(mlflow.MlflowClient(f"sqlite:///{tmp_path}/new.db"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "okddip.data.dataset.Dataset.train_loader",
+        "okddip.main.make",
+        "okddip.tracking.MLflow._create_run",
+        "okddip.tracking.MLflow._log_params",
+        "okddip.checkpoint.link",
+        "okddip.checkpoint.append_line",
+        "okddip.tracking.MLflow.log_artifact",
+        "okddip.tracking.MLflow.finish",
+        "okddip.trainer.metrics.read",
+    ],
+)
+def test_a_signal_at_any_moment_is_answered_and_costs_nothing(
+    okddip: Okddip, tmp_path: Path, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    original = pydoc.locate(moment)
+    assert callable(original)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(moment, original)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(moment, interrupted)
+    answer = okddip(*TINY, "hydra.run.dir=run")
+    assert answer.code == 143, answer.err
+    expected = shlex.join(["okddip", *TINY, "hydra.run.dir=run", "trainer.resume=auto"])
+    assert answer.out.splitlines()[-1] == f"Stopped. Go on with: {expected}"
+    if client.get_experiment_by_name("okddip"):
+        experiment = client.get_experiment_by_name("okddip").experiment_id
+        assert {run.info.status for run in client.search_runs([experiment])} <= {"KILLED"}
+    assert okddip(*TINY, "hydra.run.dir=run", "trainer.resume=auto").code == 0
+    assert_told_once(client, tmp_path / "run")
+
+
+def test_an_evaluation_is_stopped_by_a_signal_too(
+    okddip: Okddip, tmp_path: Path, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert okddip(*BARE, "hydra.run.dir=run").code == 0
+    monkeypatch.setattr("okddip.evaluate.measure", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert okddip("task=evaluate", "checkpoint=run").code == 143
+    assert the_run(client).info.status == "KILLED"
+
+
+def test_an_exception_after_a_signal_marks_the_run_killed(
+    okddip: Okddip, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worker_gone(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            raise RuntimeError("DataLoader worker exited unexpectedly")
+
+    monkeypatch.setattr(Trainer, "train_epoch", worker_gone)
+    answer = okddip(*TINY, "hydra.run.dir=run")
+    assert answer.code == 143
+    assert "Stopped. Go on with: " in answer.out
+    assert the_run(client).info.status == "KILLED"
+
+
+def test_a_folder_that_goes_away_is_named_and_the_run_goes_on_when_it_is_back(
+    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert okddip(*BARE, "hydra.run.dir=whole/run").code == 0
+    with monkeypatch.context() as patch:
+        whole = Trainer.train_epoch
+
+        def unplug(self: Trainer, *arguments: Any) -> Any:
+            if arguments[-1] == 2:
+                (tmp_path / "runs" / "run").rename(tmp_path / "unplugged")
+            return whole(self, *arguments)
+
+        patch.setattr(Trainer, "train_epoch", unplug)
+        answer = okddip(*BARE, "hydra.run.dir=runs/run")
+    assert answer.code == 1
+    assert f"{tmp_path}/runs/run/last.pt: cannot be written (No such file or directory)" in answer.err
+    (tmp_path / "unplugged").rename(tmp_path / "runs" / "run")
+    assert okddip(*BARE, "hydra.run.dir=runs/run", "trainer.resume=auto").code == 0
+    assert are_the_same(weights(tmp_path / "whole" / "run"), weights(tmp_path / "runs" / "run"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["last.pt", "metrics.jsonl", "run.json"])
+def test_a_full_disk_is_named_and_costs_nothing(
+    okddip: Okddip, tmp_path: Path, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert okddip(*BARE, "hydra.run.dir=whole/run").code == 0
+    folder = tmp_path / "run"
+    victim = {"last.pt": "last.new", "metrics.jsonl": "metrics.jsonl", "run.json": "run.json.new"}[name]
+    kept = tmp_path / "kept"
+    with monkeypatch.context() as patch:
+        whole = Trainer.train_epoch if name != "run.json" else MLflow._log_params
+
+        def fill(*arguments: Any) -> Any:
+            if name == "run.json" or arguments[-1] == 2:
+                if (folder / victim).exists():
+                    (folder / victim).rename(kept)
+                (folder / victim).symlink_to("/dev/full")
+            return whole(*arguments)
+
+        patch.setattr(*((MLflow, "_log_params") if name == "run.json" else (Trainer, "train_epoch")), fill)
+        answer = okddip(*TINY, "hydra.run.dir=run")
+    assert answer.code == 1
+    assert f"{folder}/{name}: cannot be written (No space left on device)" in answer.err
+    (folder / victim).unlink(missing_ok=True)
+    if kept.exists():
+        kept.rename(folder / victim)
+    answer = okddip(*TINY, "hydra.run.dir=run", "trainer.resume=auto")
+    assert answer.code == 0, answer.err
+    assert_told_once(client, folder)
+    assert are_the_same(weights(tmp_path / "whole" / "run"), weights(folder))
+
+
+def test_a_streamed_data_set_goes_on_where_it_was_cut_off(
+    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_folders(tmp_path / "images")
+    command = [*STREAMED, "tracking=none", "trainer.epochs=3"]
+    assert okddip(*command, "dataset.workers=2", "hydra.run.dir=whole/run").code == 0
+    with monkeypatch.context() as patch:
+        cut_off(patch, epoch=1)
+        assert okddip(*command, "dataset.workers=2", "hydra.run.dir=runs/run").code == 1
+    answer = okddip(*command, "dataset.workers=2", "hydra.run.dir=runs/run", "trainer.resume=auto")
+    assert "goes on after epoch 1" in answer.out
+    assert are_the_same(weights(tmp_path / "whole" / "run"), weights(tmp_path / "runs" / "run"))
+
+
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "okddip.main", *overrides]
     return subprocess.Popen(
@@ -226,6 +634,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # a process group of its own, as of a job or a terminal
         # a shell lets its background jobs ignore Ctrl-C, and so would the run if the tests are such a job
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -235,6 +644,22 @@ def wait_for(folder: Path, pattern: str, process: subprocess.Popen[str]) -> None
     while not list(folder.glob(pattern)):
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_ends_a_run_with_workers_as_killed(
+    tmp_path: Path, client: mlflow.MlflowClient, number: signal.Signals
+) -> None:
+    draw_folders(tmp_path / "images")
+    process = start(tmp_path, *STREAMED, "dataset.workers=2", "trainer.epochs=10000", "hydra.run.dir=run")
+    wait_for(tmp_path, "run/previous.pt", process)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert output.strip().splitlines()[-1].startswith("Stopped. Go on with: okddip dataset=imagenet")
+    assert "Traceback" not in output
+    assert the_run(client).info.status == "KILLED"
 
 
 @pytest.mark.slow
