@@ -662,6 +662,34 @@ def test_a_signal_to_the_whole_group_ends_a_run_with_workers_as_killed(
     assert the_run(client).info.status == "KILLED"
 
 
+def arguments_of(process: Path) -> list[bytes]:
+    try:
+        return (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:  # it has ended
+        return []
+
+
+@pytest.mark.slow
+def test_a_job_that_submitit_preempts_is_requeued_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    small = [part.replace("epochs=4", "epochs=12") for part in BARE]
+    sweep = start(tmp_path, "-m", "hydra/launcher=submitit_local", *small, "seed=0")
+    wait_for(tmp_path, "multirun/*/*/last.pt", sweep)
+    [job] = [
+        int(process.name)
+        for process in Path("/proc").glob("[0-9]*")
+        if b"submitit.core._submit" in arguments_of(process) and os.getpgid(int(process.name)) == sweep.pid
+    ]
+    os.kill(job, signal.SIGUSR2)
+    output, _ = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0, output
+    [log] = [path.read_text() for path in tmp_path.glob("multirun/*/.submitit/*/*_0_log.out")]
+    assert "Requeued job" in log
+    assert "goes on after epoch" in log
+    [folder] = {path.parent for path in tmp_path.glob("multirun/*/*/last.pt")}
+    assert [line["epoch"] for line in lines_of(folder)] == list(range(12))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_ends_a_run_properly_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
