@@ -121,3 +121,77 @@ def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         writer.wait()
         last = checkpoint.load(tmp_path / "last.pt")
         assert (last["group"]["weights"] == last["epoch"]).all()
+
+
+FULL_DISK = """
+import os, sys
+from pathlib import Path
+from test_checkpoint import state
+from okddip import checkpoint
+from okddip.errors import ConfigError
+folder = Path(sys.argv[1])
+checkpoint.save(state(0), folder, best=True)
+checkpoint.append_line(folder / "metrics.jsonl", "one")
+for free in range(0, 12 * 4096, 4096):
+    room = os.statvfs(folder)
+    (folder / "filler").write_bytes(bytes(max(0, room.f_bavail * room.f_frsize - free)))
+    refused = []
+    for name, step in {
+        "last.pt": lambda: checkpoint.save(state(1), folder, best=True),
+        "run.json": lambda: checkpoint.write_text(folder / "run.json", "x" * 9000),
+        "metrics.jsonl": lambda: checkpoint.append_line(folder / "metrics.jsonl", "y" * 9000),
+    }.items():
+        try:
+            step()
+        except ConfigError as error:
+            assert f"{folder}/{name}: cannot be written (No space left on device)" in str(error), error
+            refused.append(name)
+    print(free, *refused)
+    last = checkpoint.load(folder / "last.pt")
+    assert last["epoch"] == ("last.pt" not in refused)
+    assert (last["group"]["weights"] == last["epoch"]).all()
+    (folder / "filler").unlink()
+    checkpoint.save(state(0), folder, best=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_a_disk_of_any_fullness_is_named_and_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "fill.py").write_text(FULL_DISK)
+    paths = [Path(checkpoint.__file__).parents[1], Path(__file__).parent]
+    command = "mount -t tmpfs -o size=200k tmpfs disk && exec $PYTHON fill.py disk"
+    answer = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+    )
+    if "mount: " in answer.stderr or "unshare: " in answer.stderr:
+        pytest.skip("no disk can be mounted here")
+    assert answer.returncode == 0, answer.stderr
+    assert "last.pt run.json metrics.jsonl" in answer.stdout
+
+
+def test_a_folder_is_seen_onto_the_disk_after_its_files_are_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[Path, list[str]]] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((path, sorted(file.name for file in tmp_path.iterdir())))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    checkpoint.save(state(0), tmp_path, best=True)
+    checkpoint.write_text(tmp_path / "run.json", "{}")
+    checkpoint.append_line(tmp_path / "metrics.jsonl", "{}")
+    folders = [files for path, files in synced if path == tmp_path]
+    assert folders == [
+        ["best.pt", "last.pt"],
+        ["best.pt", "last.pt", "run.json"],
+        ["best.pt", "last.pt", "metrics.jsonl", "run.json"],
+    ]

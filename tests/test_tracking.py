@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -22,6 +23,7 @@ from hydra.utils import instantiate
 
 from okddip import tracking
 from okddip.errors import ConfigError
+from okddip.signals import stop_on_signals
 from okddip.tracking import MLflow, NoTracking, flatten, git_commit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -296,6 +298,22 @@ class TestAStoreThatCannotBeOpened:
 
     def test_nothing(self) -> None:
         self.refused("", "empty")
+
+
+def test_a_signal_breaks_off_an_upload_which_is_left_to_the_run_that_goes_on(
+    tracker: MLflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(tracker)
+    never = threading.Event()
+    monkeypatch.setattr(tracker._client, "log_artifact", lambda *_: never.wait(600))
+    monkeypatch.setattr(tracking, "UPLOAD_SECONDS", 600.0)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit), stop_on_signals():
+        tracker.log_artifact(tmp_path / "last.pt")
+    tracker.finish("KILLED")
+    never.set()
+    assert stored(tracker).info.status == "KILLED"
+    assert caplog.text == ""
 
 
 class TestAStoreThatGoesAway:
