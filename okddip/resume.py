@@ -131,8 +131,8 @@ def new(config: DictConfig, folder: Path) -> Run:
     """
     if (folder / "last.pt").exists():
         raise ConfigError(
-            f"{folder}: there is a run in this folder already. Name another folder in hydra.run.dir, or go on"
-            " with that run by trainer.resume=auto and its own settings."
+            f"{folder}: there is a run in this folder already. Name another folder in hydra.run.dir (for a"
+            " sweep in hydra.sweep.dir), or go on with that run by trainer.resume=auto and its own settings."
         )
     run = Run(folder)
     with checkpoint.writing(folder):
