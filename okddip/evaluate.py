@@ -111,7 +111,7 @@ def evaluation_settings(config: DictConfig, state: dict[str, Any]) -> DictConfig
     Raises:
         ConfigError: the command line sets what the checkpoint settles, or the teacher is nowhere.
     """
-    settled = ("method", "methods", "model", "optimizer", "scheduler", "experiment", "seed")
+    settled = ("method", "methods", "model", "optimizer", "scheduler", "experiment", "ablation", "seed")
     chosen = chosen_keys("evaluate", settled)
     settings = OmegaConf.create(state["config"])
     settings.tracking = config.tracking
@@ -125,6 +125,10 @@ def evaluation_settings(config: DictConfig, state: dict[str, Any]) -> DictConfig
         if config.dataset.image_size is None and "dataset.image_size" not in chosen:
             chosen.add("dataset.image_size")
             config.dataset.image_size = state["image_size"]
+        source = config.dataset.get("source") or {}
+        if settings.method.get("teacher") and source.get("channels", state["channels"]) == state["channels"]:
+            # before the data set meets the teacher, which was asked about images normalised as these
+            settings.dataset.mean, settings.dataset.std = state["mean"], state["std"]
     for key in chosen:
         group, _, name = key.partition(".")
         if group in ("dataset", "trainer") and name:

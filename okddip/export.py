@@ -66,6 +66,7 @@ def export(config: DictConfig, build: Callable[..., Any]) -> str:
         "optimizer",
         "scheduler",
         "experiment",
+        "ablation",
         "seed",
     )
     chosen_keys("export", settled)

@@ -6,8 +6,10 @@ at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from okddip.models.backbone import Backbone
     from okddip.models.group import PeerGroup
     from okddip.tasks import Parts
+
+log = logging.getLogger(__name__)
 
 # In a wheel conf/ and multirun_presets/ travel inside the package; in a checkout they stand beside it.
 PACKAGE = Path(__file__).resolve().parent
@@ -148,6 +152,7 @@ def build(config: DictConfig) -> Parts:
     from okddip.data.loader import seed_of
     from okddip.data.options import check_options
     from okddip.models.group import PeerGroup
+    from okddip.rehearsal import rehearse
     from okddip.tasks import Parts
     from okddip.tracking import NoTracking
 
@@ -208,6 +213,13 @@ def build(config: DictConfig) -> Parts:
     )
     group.to(**place)
     method.to(trainer.device)
+    rehearse(
+        group,
+        method,
+        (dataset.channels, *dataset.image_size),
+        f"model={config.options.model}{f' ({name})' if (name := config.model.get('name')) else ''}"
+        f" with dataset={config.options.dataset}",
+    )
     if trainer.sync_batch_norm and distributed.ranks() > 1:
         group, method = map(torch.nn.SyncBatchNorm.convert_sync_batchnorm, (group, method))
     optimizer = make_optimizer([*group.parameters(), *method.parameters()])
@@ -239,8 +251,11 @@ def restore(state: dict[str, Any]) -> tuple[PeerGroup, Method]:
 def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -> Backbone:
     """The trained network of a checkpoint, if it knows the classes of the data set.
 
+    Images of another size are warned about: the network has learned from others, and may be asked of them.
+
     Raises:
-        ConfigError: it was trained on other classes or channels, or cannot take images so small.
+        ConfigError: it was trained on other classes or channels or with another normalisation, or cannot take
+            images so small.
     """
     for what, theirs, ours in (
         ("classes", state["classes"], list(dataset.classes)),
@@ -251,6 +266,24 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
                 f"method.teacher={config.method.teacher}: was trained on {what} {theirs},"
                 f" and dataset={config.options.dataset} has {ours}. Name a teacher trained on this data set."
             )
+    for mean, std, learned_mean, learned_std in zip(
+        dataset.mean, dataset.std, state["mean"], state["std"], strict=True
+    ):
+        # statistics of parts of one training set differ by less
+        if max(abs(mean - learned_mean), abs(std - learned_std)) > 0.1 * learned_std:
+            raise Incompatible(
+                f"method.teacher={config.method.teacher}: learned from images normalised by mean"
+                f" {rounded(state['mean'])} and std {rounded(state['std'])}, and"
+                f" dataset={config.options.dataset} normalises by {rounded(dataset.mean)} and"
+                f" {rounded(dataset.std)}: it would see other images than it knows."
+                " Set dataset.mean and dataset.std to the teacher's."
+            )
+    if list(dataset.image_size) != state["image_size"]:
+        log.warning(
+            "method.teacher=%s: was trained on images of %dx%d, and those of dataset=%s have %dx%d.",
+            *(config.method.teacher, *state["image_size"]),
+            *(config.options.dataset, *dataset.image_size),
+        )
     group, method = restore(state)
     teacher = group.extract(method.kept)
     if min(dataset.image_size) < teacher.minimum_size:
@@ -260,6 +293,10 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
             f" {'x'.join(map(str, dataset.image_size))}. Name a teacher trained on such images."
         )
     return teacher
+
+
+def rounded(numbers: Sequence[float]) -> str:
+    return f"[{','.join(f'{number:.4g}' for number in numbers)}]"
 
 
 def make(key: str, node: DictConfig, **arguments: Any) -> Any:

@@ -70,6 +70,21 @@ def test_a_teacher_takes_part_and_may_have_moved(okddip: Okddip) -> None:
         assert report()["metrics"][name] == state["metrics"][f"test/{name}"]
 
 
+def test_a_teacher_meets_another_data_set_normalised_as_its_own(okddip: Okddip, tmp_path: Path) -> None:
+    train(okddip, "method=baseline", "tracking=none", folder="teacher")
+    state = train(okddip, "method=kd", "method.teacher=teacher", "tracking=none")
+    write_digits(tmp_path / "same", [str(digit) for digit in range(10)])
+    for image in (tmp_path / "same" / "train").glob("*/*"):  # so that its own statistics are others
+        Image.new("L", (16, 16), 20 * int(image.parent.name)).save(image)
+    answer = okddip(
+        *(*EVALUATE, "checkpoint=run", "tracking=none", "dataset=image_folder"),
+        *("dataset.root=same", "dataset.source.channels=1"),
+    )
+    assert answer.code == 0, answer.err
+    for name in ("student/top1", "teacher/top1"):
+        assert report()["metrics"][name] == state["metrics"][f"test/{name}"]
+
+
 def test_a_teacher_that_the_program_chose_is_found_and_never_trained(okddip: Okddip) -> None:
     state = train(okddip, "method=kd", "methods.teacher=auto", "methods.teacher_model=resnet8")
     answer = okddip(*EVALUATE, "checkpoint=run")

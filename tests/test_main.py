@@ -178,6 +178,29 @@ def test_a_teacher_for_larger_images_is_refused(okddip: Okddip) -> None:
     assert "takes images of at least 32 pixels a side" in answer.err
 
 
+def test_a_teacher_is_asked_about_images_as_it_knows_them(okddip: Okddip) -> None:
+    small = (
+        "dataset=digits",
+        "trainer.epochs=1",
+        "trainer.limit_batches=1",
+        "tracking=none",
+        "model=resnet8",
+    )
+    assert okddip(*small, "method=baseline", "hydra.run.dir=teacher").code == 0
+    student = (*small, "method=kd", "method.teacher=teacher")
+    answer = okddip(*student, "dataset.mean=[0.1]", "dataset.std=[0.4]")
+    assert answer.code == 1
+    assert "method.teacher=teacher: learned from images normalised by mean [0.30" in answer.err
+    assert "dataset=digits normalises by [0.1] and [0.4]" in answer.err
+    # a part of the training set has other statistics, by little
+    answer = okddip(*student, "dataset.train_size=200", "dataset.image_size=12")
+    assert answer.code == 0, answer.err
+    assert (
+        "method.teacher=teacher: was trained on images of 16x16, and those of dataset=digits have 12x12"
+        in (answer.out)
+    )
+
+
 def test_multirun_sweeps_seeds(okddip: Okddip, tmp_path: Path) -> None:
     answer = okddip("-m", *SMALL, "tracking=none", "seed=0,1", "hydra.sweep.dir=sweep")
     assert answer.code == 0, answer.err
