@@ -6,6 +6,8 @@ from typing import Any
 
 from hydra.errors import CompactHydraException
 
+LARGEST = 2**63 - 1  # whole number that PyTorch, MLflow and NumPy take
+
 
 class ConfigError(CompactHydraException, ValueError):
     """A setting, a file or a folder that cannot be used; the message names it and says what to do."""
@@ -25,7 +27,7 @@ def check_number(
     below: float | None = None,
     integer: bool = False,
 ) -> None:
-    """Refuse a value that is no finite number, or lies outside the stated bounds.
+    """Refuse a value that is no finite number that a machine holds, or lies outside the stated bounds.
 
     Raises:
         ConfigError: names `key`, the value found and what is allowed.
@@ -36,10 +38,13 @@ def check_number(
         (maximum, "at most", lambda bound: value <= bound),
         (below, "less than", lambda bound: value < bound),
     ]
-    kind = int if integer else (int, float)
-    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
+    if not integer:
+        is_number = is_number or (isinstance(value, float) and math.isfinite(value))
     if is_number and all(holds(bound) for bound, _, holds in bounds if bound is not None):
         return
+    if isinstance(value, int) and value > LARGEST:
+        bounds.append((LARGEST, "at most", lambda bound: value <= bound))
     limits = " and ".join(f"{words} {bound:g}" for bound, words, _ in bounds if bound is not None)
     noun = "a whole number" if integer else "a number"
     raise ConfigError(f"{key}={value}: must be {noun} {limits}".rstrip() + ".")

@@ -12,10 +12,9 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from okddip.data.augment import Normalization, normalization, normalize
-from okddip.data.folder import convert, read_image
+from okddip.data.folder import convert, read_image, scale_and_crop
 from okddip.errors import ConfigError
 from okddip.models.group import PeerGroup
 from okddip.trained import Ensemble
@@ -91,7 +90,7 @@ class Preprocessing:
         )
         height, width = self.image_size
         if self.resize is not None:
-            upright = v2.CenterCrop(self.image_size)(v2.Resize(self.resize)(upright))
+            upright = scale_and_crop(upright, self.resize, self.image_size)
         elif upright.size != (width, height):
             upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(upright).reshape(height, width, self.channels))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -44,6 +45,13 @@ PACKAGE = Path(__file__).resolve().parent
 CONFIG_HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 
 TASKS_OF_RANKS = ("okddip.tasks.train", "okddip.benchmark.benchmark")
+
+
+# Keys that the program itself reads, and that can be deleted (`~optimizer.lr`)
+READ = (
+    *("seed", "name", "options.method", "options.model", "options.dataset", "optimizer.lr"),
+    *("dataset.name", "dataset.cache_dir", "trainer.epochs", "trainer.resume", "trainer.rerun"),
+)
 
 
 class PresetSearchPath(SearchPathPlugin):
@@ -135,6 +143,10 @@ def check(config: DictConfig) -> None:
     if missing := OmegaConf.missing_keys(config):
         keys = ", ".join(sorted(missing))
         raise ConfigError(f"{keys}: not given. Add {sorted(missing)[0]}=... to the command.")
+    for key in READ:
+        parent, _, name = key.rpartition(".")
+        if name not in (OmegaConf.select(config, parent) if parent else config):
+            raise ConfigError(f"{key}: is not in the configuration, and no run does without it.")
     check_number("seed", config.seed, minimum=0, integer=True)
 
 
@@ -152,7 +164,7 @@ def build(config: DictConfig) -> Parts:
     from okddip.data.loader import seed_of
     from okddip.data.options import check_options
     from okddip.models.group import PeerGroup
-    from okddip.rehearsal import rehearse
+    from okddip.rehearsal import check_memory, rehearse
     from okddip.tasks import Parts
     from okddip.tracking import NoTracking
 
@@ -178,6 +190,7 @@ def build(config: DictConfig) -> Parts:
         trunk_channels=probe.trunk_channels,
         epochs=trainer.epochs,
     )
+    check_memory(probe, method, trainer.device, config.options.model)
     tracker = make("tracking", config.tracking) if distributed.rank() == 0 else NoTracking()
     tracker.open()
     teacher = None
@@ -307,7 +320,9 @@ def make(key: str, node: DictConfig, **arguments: Any) -> Any:
     """
     try:
         return instantiate(node, **arguments)
-    except HydraException as error:
+    except (
+        Exception
+    ) as error:  # Hydra's own, and what it does not wrap: a _partial_ that is no truth value, say
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__
@@ -319,10 +334,36 @@ def make(key: str, node: DictConfig, **arguments: Any) -> Any:
         ) from error
 
 
+def check_choices(overrides: list[str]) -> None:
+    """Refuse `group=null` and `group=[1]` by name, which in Hydra end in a stack of frames.
+
+    Raises:
+        ConfigError: names the group and what is allowed.
+    """
+    for override in overrides:
+        group, _, value = override.lstrip("+").partition("=")
+        if not group or not (CONFIG_HOME / "conf" / group).is_dir():
+            continue
+        try:
+            chosen = OverridesParser.create().parse_override(override)
+        except HydraException:
+            continue  # Hydra says what is wrong
+        if chosen.is_sweep_override():
+            continue
+        names = chosen.value()
+        if not all(isinstance(name, str) for name in (names if isinstance(names, list) else [names])):
+            raise ConfigError(f"{group}={value}: must be an option of conf/{group}, or be left out.")
+
+
 def cli() -> None:
     """The console command: a run, a sweep or help."""
     try:
         with distributed.rank_0_speaks():
+            try:
+                check_choices(sys.argv[1:])
+            except ConfigError as error:
+                print(error, file=sys.stderr)
+                sys.exit(1)
             if {"--help", "-h"} & set(sys.argv[1:]):
                 print(usage(CONFIG_HOME, sys.argv[1:]))
                 rest = [part for part in sys.argv[1:] if part not in ("--help", "-h")]

@@ -1,16 +1,42 @@
-"""One batch through model and method before a run begins, so that what cannot work is refused by name."""
+"""What is tried before a run begins, so that models that cannot work are refused by name."""
 
 import contextlib
 import copy
 import io
+import os
 
 import torch
 
 from okddip.errors import Incompatible
 from okddip.methods.base import Method
+from okddip.models.backbone import Backbone
 from okddip.models.group import GroupOutput, PeerGroup
 
 BATCH = 2  # the least that batch norm takes in training
+
+
+def check_memory(backbone: Backbone, method: Method, device: torch.device, name: str) -> None:
+    """Refuse a group whose weights and gradients alone take more memory than there is.
+
+    Args:
+        backbone: one network of the kind; may be on the meta device.
+        name: of the model, for the message.
+
+    Raises:
+        Incompatible: names the model and the number of peers.
+    """
+    shared = sum(p.numel() for p in backbone.trunk.parameters()) if method.structure == "branch" else 0
+    own = sum(p.numel() for p in backbone.parameters()) - shared
+    needed = 2 * 4 * (shared + method.peers * own)  # bytes
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise Incompatible(
+            f"method.peers={method.peers}: so many of model={name} ({method.structure}) need"
+            f" {needed / 2**30:.0f} GiB for weights and gradients alone; {device} has {memory / 2**30:.0f}."
+        )
 
 
 @torch.no_grad()
@@ -45,8 +71,8 @@ def rehearse(group: PeerGroup, method: Method, shape: tuple[int, int, int], name
                 f"{names}: the model cannot take images of {channels}x{height}x{width} ({reason})."
                 " Choose another model, or set dataset.image_size where the data set has it."
             ) from error
-    output = GroupOutput(
-        *(None if part is None else torch.zeros_like(part, device=device) for part in output)
+    output = GroupOutput._make(
+        None if part is None else torch.zeros_like(part, device=device) for part in output
     )
     with torch.random.fork_rng(devices=cuda):
         labels = torch.zeros(BATCH, dtype=torch.long, device=device)

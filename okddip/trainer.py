@@ -75,9 +75,10 @@ class Trainer:
             "eval_every": eval_every,
             "limit_batches": 1 if limit_batches is None else limit_batches,
         }.items():
-            check_number(f"trainer.{key}", number, minimum=1, integer=True)
-        check_number("trainer.batch_size", batch_size, minimum=2, integer=True)  # batch norm needs two images
-        check_number("trainer.accumulate", accumulate, minimum=1, integer=True)
+            check_number(f"trainer.{key}", number, minimum=1, maximum=10**7, integer=True)
+        # batch norm needs two images
+        check_number("trainer.batch_size", batch_size, minimum=2, maximum=10**7, integer=True)
+        check_number("trainer.accumulate", accumulate, minimum=1, maximum=10**7, integer=True)
         parts = distributed.ranks() * accumulate
         if batch_size % parts or batch_size // parts < 2:
             raise ConfigError(

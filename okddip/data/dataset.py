@@ -67,6 +67,11 @@ class Dataset:
                 f"dataset.image_size={image_size}: the images of {name} are {height}x{width} and are not "
                 f"scaled; leave it at null."
             )
+        if pad > min(height, width):
+            raise ConfigError(
+                f"dataset.pad={pad}: the images of {name} are {height}x{width}; with more padding than that,"
+                " crops would show nothing but black."
+            )
         train, val = hold_out(source.train.labels.numpy(), source.classes, validation, train_size)
         self.splits = {"train": _part(source.train, train), "test": source.test}
         if len(val):

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 CACHE_VERSION = 1  # raise when decoding changes: older caches are then decoded anew
 SMALL = 64 * 64  # pixels
+MOST_ELONGATED = 16  # of the sides of an image that is scaled whole
 CHUNK = 256  # files a thread decodes at a time
 
 
@@ -49,7 +51,11 @@ def scan(root: Path, splits: Sequence[str]) -> Listing:
     classes: dict[str, list[str]] = {}
     for split, found in entries.items():
         for entry in found:
-            if not entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link in a circle
+                raise ConfigError(f"{entry.path}: cannot be read ({error.strerror}).") from error
+            if not is_folder:
                 raise ConfigError(f"{entry.path}: is no folder; images belong into {root / split}/CLASS/.")
         classes[split] = sorted(entry.name for entry in found)
         if not found:
@@ -152,6 +158,43 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values // 257).astype(np.uint8))
 
 
+def scale_and_crop(image: Image.Image, shorter: int, size: tuple[int, int]) -> Image.Image:
+    """Scale an image until its shorter side is `shorter`, and crop (height, width) at its centre.
+
+    The pixels are those of torchvision's `Resize` and `CenterCrop`. Of a very long image only the middle is
+    scaled, more than is kept of it: the whole of 1x20,000 pixels would become 256x5,120,000.
+    """
+    longest = MOST_ELONGATED * min(image.size)
+    if max(image.size) > longest:
+        image = crop_at_centre(image, min(image.height, longest), min(image.width, longest))
+    least = min(image.size)
+    scaled = image.resize(
+        (shorter * image.width // least, shorter * image.height // least), Image.Resampling.BILINEAR
+    )
+    return crop_at_centre(scaled, *size)
+
+
+def crop_at_centre(image: Image.Image, height: int, width: int) -> Image.Image:
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def check_memory(description: str, shape: tuple[int, int, int, int]) -> None:
+    """Refuse [N, H, W, C] bytes that are more than the memory of this machine.
+
+    Raises:
+        ConfigError: says how much there is.
+    """
+    needed, memory = math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        count, height, width, _ = shape
+        raise ConfigError(
+            f"{description}: {count} images of {height}x{width} need {needed / 2**30:.0f} GiB of memory, this"
+            f" machine has {memory / 2**30:.0f}; give a smaller dataset.image_size, or use dataset=imagenet,"
+            " which decodes while it trains."
+        )
+
+
 def decode(files: Sequence[str], size: tuple[int, int] | None, channels: int, description: str) -> Tensor:
     """Decode files to uint8 [N, H, W, C].
 
@@ -173,13 +216,7 @@ def decode(files: Sequence[str], size: tuple[int, int] | None, channels: int, de
         return np.asarray(image).reshape(image.height, image.width, channels)
 
     first = read(files[0])
-    needed, memory = len(files) * first.nbytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ConfigError(
-            f"{description}: {len(files)} images of {first.shape[0]}x{first.shape[1]} need "
-            f"{needed / 2**30:.0f} GiB of memory, this machine has {memory / 2**30:.0f}; give a smaller "
-            f"dataset.image_size, or use dataset=imagenet, which decodes while it trains."
-        )
+    check_memory(description, (len(files), *first.shape))
     images = np.empty((len(files), *first.shape), dtype=np.uint8)
 
     def fill(start: int) -> int:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from okddip.data.folder import decode_cached, scan
+from okddip.data.folder import check_memory, decode_cached, scan
 from okddip.data.options import image_shape
 from okddip.data.stratify import stratified_order
 from okddip.errors import ConfigError
@@ -127,6 +127,7 @@ def digits(image_size: int | Sequence[int] | None = 16) -> Source:
     images = torch.from_numpy(bunch.images)[:, None]  # [N, 1, 8, 8], 0 to 16
     size = image_shape(image_size)
     if size is not None:
+        check_memory("dataset=digits", (len(images), *size, 1))
         images = F.interpolate(images, size, mode="bilinear")
     images = (images * (255 / 16)).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     labels = torch.from_numpy(bunch.target).long()

@@ -2,19 +2,21 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 from torchvision.transforms import v2
 
 from okddip.data.augment import Normalization, normalization, normalize
-from okddip.data.folder import read_image, scan
+from okddip.data.folder import read_image, scale_and_crop, scan
 from okddip.data.loader import ALL, Share, batch_seed, seed_of
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
@@ -105,7 +107,7 @@ class StreamingDataset:
         self.train_transform = v2.Compose(
             [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(0.5 if flip else 0.0)]
         )
-        self.test_transform = v2.Compose([v2.Resize(resize), v2.CenterCrop(image_size)])
+        self.test_transform = partial(scale_and_crop, shorter=resize, size=self.image_size)
 
     @staticmethod
     def _check_alone(
@@ -186,7 +188,7 @@ class StreamingLoader:
         self,
         dataset: StreamingDataset,
         files: Files,
-        transform: v2.Transform,
+        transform: Callable[[Image.Image], Image.Image],
         batch_size: int,
         device: torch.device,
         channels_last: bool,
@@ -227,7 +229,7 @@ class StreamingLoader:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the default one, which dropout uses
         )
-        for images, labels, errors in loader:
+        for images, labels, errors in self._decoded(loader):
             if errors and self.bad_images == "refuse":
                 raise ConfigError(f"{errors[0]} Or leave out what cannot be read: dataset.bad_images=skip.")
             for error in errors:
@@ -240,6 +242,19 @@ class StreamingLoader:
                 images = images.to(self.device, non_blocking=True)  # [B, H, W, 3] uint8
                 labels = labels.to(self.device, non_blocking=True)
                 yield normalize(images, self.constants, self.memory_format), labels
+
+    def _decoded(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        try:
+            yield from loader
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, RuntimeError) and "worker" not in str(error):
+                raise
+            # killed for want of memory, in most cases
+            raise ConfigError(
+                f"dataset.workers={self.workers}: a process that decodes images has died, or could not start"
+                f" ({str(error).splitlines()[0]}). Is memory or /dev/shm full? Fewer workers need less."
+                " The last checkpoint is whole; go on with trainer.resume=auto."
+            ) from error
 
     def _draws(self, epoch: int) -> Iterator[list["Draw"]]:
         """What each batch consists of. An image's draws hang on its place in the epoch, neither on the worker
@@ -266,7 +281,7 @@ class Draw(NamedTuple):
 class _Samples(MapDataset):
     """Decoded and transformed images; one that cannot be read is returned as what is wrong with it."""
 
-    def __init__(self, files: Files, transform: v2.Transform) -> None:
+    def __init__(self, files: Files, transform: Callable[[Image.Image], Image.Image]) -> None:
         self.files = files
         self.transform = transform
 
@@ -274,15 +289,18 @@ class _Samples(MapDataset):
         return len(self.files.labels)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int] | str:
+        path = os.fsdecode(self.files.paths[draw.image])
         try:
-            image = read_image(os.fsdecode(self.files.paths[draw.image]))
+            image = read_image(path)
+            # the transforms draw from the default generator; without workers it is the training's own
+            with torch.random.fork_rng(devices=[], enabled=draw.seed is not None):
+                if draw.seed is not None:
+                    torch.manual_seed(draw.seed)
+                pixels = np.asarray(self.transform(image))
         except ConfigError as error:
             return str(error)
-        # the transforms draw from the default generator; without workers it is the training's own
-        with torch.random.fork_rng(devices=[], enabled=draw.seed is not None):
-            if draw.seed is not None:
-                torch.manual_seed(draw.seed)
-            pixels = np.asarray(self.transform(image))
+        except (OSError, ValueError, MemoryError) as error:
+            return f"{path}: cannot be scaled ({str(error) or 'out of memory'}); remove or replace it."
         return torch.from_numpy(pixels.copy()), int(self.files.labels[draw.image])
 
 

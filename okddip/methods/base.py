@@ -15,6 +15,9 @@ from okddip.models.group import GroupOutput
 log = logging.getLogger(__name__)
 
 
+MOST_PEERS = 1000  # far more than anybody trains; what methods keep of each pair of peers fits into memory
+
+
 class Losses(NamedTuple):
     total: Tensor  # 0-dim; what is differentiated
     parts: dict[str, Tensor]  # 0-dim each, unweighted; logged as NAME_loss
@@ -62,7 +65,7 @@ class Method(nn.Module):
             ConfigError: a value is out of range, or the structure makes no sense for this method.
         """
         super().__init__()
-        check_number("method.peers", peers, minimum=1, integer=True)
+        check_number("method.peers", peers, minimum=1, maximum=MOST_PEERS, integer=True)
         try:
             check_number("method.peers", peers, minimum=self.fewest_peers, maximum=self.most_peers)
         except ConfigError as error:

@@ -49,8 +49,8 @@ def densenet(
     Raises:
         ConfigError: an option is out of range, or the depth fits no whole number of layers.
     """
-    check_number("model.depth", depth, minimum=10, integer=True)
-    check_number("model.growth", growth, minimum=1, integer=True)
+    check_number("model.depth", depth, minimum=10, maximum=2000, integer=True)
+    check_number("model.growth", growth, minimum=1, maximum=1000, integer=True)
     check_number("model.dropout", dropout, minimum=0, below=1)
     check_choice("model.efficient", efficient, (True, False))
     layers, left_over = divmod(depth - 4, 6)

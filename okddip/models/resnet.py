@@ -37,14 +37,14 @@ def resnet(
         ConfigError: an option is out of range, or the depth fits no whole number of blocks.
     """
     check_choice("model.block", block, ("basic", "bottleneck"))
-    check_number("model.inner_width", inner_width, minimum=1, integer=True)
+    check_number("model.inner_width", inner_width, minimum=1, maximum=1000, integer=True)
     if block == "basic" and inner_width != 1:
         raise ConfigError(
             f"model.inner_width={inner_width}: a basic block has no inner width. "
             "Set model.block=bottleneck or model.inner_width=1."
         )
     layers = 6 if block == "basic" else 9  # of one block in each of the three stages
-    check_number("model.depth", depth, minimum=layers + 2, integer=True)
+    check_number("model.depth", depth, minimum=layers + 2, maximum=2000, integer=True)
     blocks, left_over = divmod(depth - 2, layers)
     if left_over:
         raise ConfigError(

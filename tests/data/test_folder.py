@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from okddip.data import folder
-from okddip.data.folder import read_image, scan
+from okddip.data.folder import read_image, scale_and_crop, scan
 from okddip.data.sources import Source, image_folder
 from okddip.errors import ConfigError
 
@@ -148,6 +149,29 @@ def test_images_are_scaled_and_cropped_to_the_size_asked_for(root: Path) -> None
     assert image.shape == (5, 5, 3)
     assert (image[:, 1:4] == torch.tensor(GREEN, dtype=torch.uint8)).all()
     assert image[..., 1].min() > 200  # at the edges the filter reaches beyond the crop
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_scaling_and_cropping_is_torchvisions(seed: int) -> None:
+    rng = random.Random(seed)
+    image = picture((rng.randint(20, 200), rng.randint(20, 200)), seed)
+    shorter = rng.randint(16, 80)
+    size = rng.randint(1, shorter)
+    expected = v2.CenterCrop(size)(v2.Resize(shorter)(image))
+    assert np.array_equal(np.asarray(scale_and_crop(image, shorter, (size, size))), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (3_000, 20)])
+def test_of_a_very_long_image_the_middle_is_kept(root: Path, size: tuple[int, int]) -> None:
+    width, height = size
+    image = Image.new("RGB", size, RED)
+    middle = (0, height // 2 - 100, width, height // 2 + 100)
+    if width > height:
+        middle = (width // 2 - 100, 0, width // 2 + 100, height)
+    image.paste(GREEN, middle)
+    assert scale_and_crop(image, 256, (224, 224)).getcolors() == [(224 * 224, GREEN)]
+    image.save(root / "train" / "cat" / "0.png")  # images in memory are cropped before they are scaled
+    assert (load(root, image_size=16).train.images[0] == torch.tensor(GREEN, dtype=torch.uint8)).all()
 
 
 def with_transparency() -> Image.Image:
@@ -302,6 +326,19 @@ def test_a_folder_among_the_images_is_refused(root: Path) -> None:
 def test_a_broken_link_is_refused(root: Path) -> None:
     (root / "train" / "cat" / "3.png").symlink_to(root / "gone.png")
     with pytest.raises(ConfigError, match=r"train/cat/3\.png: cannot be read \(No such file"):
+        load(root)
+
+
+@pytest.mark.parametrize("place", ["train/cat/3.png", "train/emu"])
+def test_a_link_to_itself_is_refused(root: Path, place: str) -> None:
+    (root / place).symlink_to(root / place)
+    with pytest.raises(ConfigError, match=rf"{place}: (cannot be read|is no folder)"):
+        load(root)
+
+
+def test_a_link_to_a_folder_above_is_refused(root: Path) -> None:
+    (root / "train" / "cat" / "all").symlink_to(root)
+    with pytest.raises(ConfigError, match="train/cat/all: is no file"):
         load(root)
 
 

@@ -1,6 +1,7 @@
 """Data sets that are decoded while training."""
 
 import multiprocessing
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,53 @@ def test_an_unreadable_image_is_skipped_and_counted(
     assert str(path) in caplog.text
     collect(loader, epoch=1)
     assert loader.skipped == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("change", ["deleted", "truncated", "replaced"])
+def test_images_may_go_while_the_run_is_on(
+    root: Path, workers: int, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = streamed(root, workers=workers).train_loader(4, CPU, seed=0)
+    assert len(collect(loader)[1]) == 12
+    path = root / "train" / "n01443537" / "2.JPEG"
+    if change == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        path.unlink()
+    if change == "replaced":
+        path.mkdir()
+    assert len(collect(loader, epoch=1)[1]) == 11
+    assert loader.skipped == 1
+    assert f"{path}: cannot be decoded" in caplog.text
+
+
+def test_a_worker_that_dies_ends_the_run_by_name(root: Path) -> None:
+    batches = streamed(root, workers=2).train_loader(2, CPU, seed=0).batches(0)
+    next(batches)
+    with pytest.raises(ConfigError, match=r"dataset\.workers=2: a process that decodes images has died"):  # noqa: PT012
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        list(batches)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (1, 1), (3_000, 20)])
+def test_images_of_any_shape_are_read_in_little_memory(root: Path, size: tuple[int, int]) -> None:
+    path = root / "val" / "n01440764" / "0.JPEG"
+    Image.new("RGB", size, (200, 100, 50)).save(path)
+    for split in ("train", "val"):
+        Image.new("RGB", size, (200, 100, 50)).save(root / split / "n01440764" / "0.JPEG", quality=95)
+    dataset = streamed(root, image_size=224, resize=256)
+    loader = dataset.eval_loader("test", 1, CPU)
+    tracemalloc.start()
+    image, _ = next(loader.batches())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6  # bytes; scaled whole, 1x20,000 would take 4 GB
+    expected = (torch.tensor([200, 100, 50]) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(image[0].mean((1, 2)), expected, atol=0.05, rtol=0)
+    assert len(collect(dataset.train_loader(12, CPU, seed=0))[1]) == 12
 
 
 def test_a_batch_without_a_readable_image_is_left_out(root: Path) -> None:
