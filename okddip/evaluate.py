@@ -89,8 +89,14 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
             },
             "confusion": {"predictor": shown, "counts": matrix.tolist()},  # a row a true class
         }
-        checkpoint.write_text(folder / "evaluation.json", json.dumps(report, ensure_ascii=False) + "\n")
-        draw_confusion(matrix, state["classes"], f"{settings.options.dataset}, {shown}", folder)
+        try:
+            (folder / "evaluation.json").write_text(json.dumps(report, ensure_ascii=False) + "\n")
+            draw_confusion(matrix, state["classes"], f"{settings.options.dataset}, {shown}", folder)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder}: evaluation.json, confusion.png and confusion.pdf cannot be written"
+                f" ({error.strerror or error}). Make room, or name another folder: hydra.run.dir=PATH."
+            ) from error
         parts.tracker.log({f"test/{name}": value for name, value in results.items()}, state["epoch"])
         for name in ("evaluation.json", "confusion.png", "confusion.pdf"):
             parts.tracker.log_artifact(folder / name)

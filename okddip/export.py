@@ -1,5 +1,6 @@
 """Task `export`: one predictor of a checkpoint as a plain network, for other programs to run."""
 
+import io
 import json
 import logging
 import os
@@ -155,6 +156,7 @@ def write(classifier: Classifier, description: dict[str, Any], names: list[str],
     """Write all formats and compare what each answers with PyTorch; a row of a table for each.
 
     Raises:
+        OSError: a file cannot be written; names it.
         RuntimeError: an answer differs by more than `TOLERANCE`.
     """
     (folder / "model.json").write_text(json.dumps(description, ensure_ascii=False, indent=2) + "\n")
@@ -167,7 +169,10 @@ def write(classifier: Classifier, description: dict[str, Any], names: list[str],
         form = FORMATS[name]
         path = folder / form.file
         with quiet():
-            form.write(classifier, description, path)
+            try:
+                form.write(classifier, description, path)
+            except OSError as error:
+                raise OSError(error.errno, f"{form.file}: {error.strerror or error}") from error
             answer = form.run(path, pixels, images)
         truth = expected[form.gives]
         difference = (answer - truth).abs().max().item()
@@ -192,13 +197,21 @@ def export_program(module: torch.nn.Module, example: Tensor, name: str) -> torch
         return torch.export.export(module, (example,), dynamic_shapes={name: {0: batch}})
 
 
+def save_program(
+    program: torch.export.ExportedProgram, path: Path, extra_files: dict[str, str] | None = None
+) -> None:
+    """Write a program by way of memory: on a full disk PyTorch's own writer ends the process."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files=extra_files)
+    path.write_bytes(buffer.getbuffer())
+
+
 def write_safetensors(classifier: Classifier, description: dict[str, Any], path: Path) -> None:
     """The weights, for `okddip.load`; with `model.json` as metadata."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {name: tensor.contiguous() for name, tensor in classifier.network.state_dict().items()}
-    save_file(state, path, {"format": "pt", "okddip": json.dumps(description)})
-    path.chmod(path.with_name("model.json").stat().st_mode)  # safetensors lets nobody else read it
+    path.write_bytes(save(state, {"format": "pt", "okddip": json.dumps(description)}))
 
 
 def run_safetensors(path: Path, pixels: Tensor, images: Tensor) -> Tensor:
@@ -210,7 +223,7 @@ def write_torch(classifier: Classifier, description: dict[str, Any], path: Path)
     """A program for `torch.export.load`, images to logits; with `model.json` as an extra file."""
     images = classifier.normalize(example_pixels(2, classifier.preprocessing))
     program = export_program(classifier.network, images, "images")
-    torch.export.save(program, path, extra_files={"model.json": json.dumps(description)})
+    save_program(program, path, {"model.json": json.dumps(description)})
 
 
 def run_torch(path: Path, pixels: Tensor, images: Tensor) -> Tensor:
@@ -257,7 +270,7 @@ def write_mlflow(classifier: Classifier, description: dict[str, Any], path: Path
     pixels = example_pixels(2, preprocessing)
     with tempfile.TemporaryDirectory() as temporary:
         program = Path(temporary) / "program.pt2"
-        torch.export.save(export_program(classifier, pixels, "pixels"), program)
+        save_program(export_program(classifier, pixels, "pixels"), program)
         notes = Path(temporary) / "model.json"
         notes.write_text(json.dumps(description, ensure_ascii=False, indent=2) + "\n")
         mlflow.pyfunc.save_model(

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -42,6 +43,14 @@ class Preprocessing:
     resize: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where one of them cannot be."""
+        sizes = (*self.image_size, self.channels, *(() if self.resize is None else (self.resize,)))
+        if not all(isinstance(size, int) and size > 0 for size in sizes) or len(self.image_size) != 2:
+            raise ValueError(f"image sizes and channels must be positive whole numbers, not {sizes}")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"mean {self.mean} and std {self.std} must have {self.channels} numbers each")
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> "Preprocessing":
@@ -165,14 +174,17 @@ def load(folder: str | Path) -> Classifier:
         weights = load_file(folder / "model.safetensors")
         network = build_network(description)
         network.load_state_dict(weights)
+        preprocessing = Preprocessing.from_plain(description["preprocessing"])
+        return Classifier(network, description["classes"], preprocessing)
     except OSError as error:
         raise ConfigError(
             f"{folder}: holds no exported network ({error}). `okddip task=export` writes one, with"
             " safetensors among export.formats."
         ) from error
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except KeyError as error:
+        raise ConfigError(f"{folder}: is damaged (model.json has no {error}); export it again.") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError, HydraException, SafetensorError) as error:
         raise ConfigError(f"{folder}: is damaged ({error}); export it again.") from error
-    return Classifier(network, description["classes"], Preprocessing.from_plain(description["preprocessing"]))
 
 
 def build_network(description: dict[str, Any]) -> nn.Module:

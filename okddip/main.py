@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -47,8 +48,11 @@ CONFIG_HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 TASKS_OF_RANKS = ("okddip.tasks.train", "okddip.benchmark.benchmark")
 
 
+LEAST_ROOM = 2**16  # bytes; what Hydra writes before a run begins, and more
+
 # Keys that the program itself reads, and that can be deleted (`~optimizer.lr`)
 READ = (
+    *("task", "method", "model", "dataset", "optimizer", "scheduler", "trainer", "tracking", "options"),
     *("seed", "name", "options.method", "options.model", "options.dataset", "optimizer.lr"),
     *("dataset.name", "dataset.cache_dir", "trainer.epochs", "trainer.resume", "trainer.rerun"),
 )
@@ -92,15 +96,17 @@ class CheckOutputFolder(Callback):
             raise SystemExit(1) from None
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            reason = "" if os.access(folder, os.W_OK) else "no permission"
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(LEAST_ROOM))
+                file.flush()
+                os.fsync(file.fileno())  # some file systems find out only now that they are full
         except OSError as error:
             reason = error.strerror or str(error)
-        if reason:
             print(
                 f"{key}={folder}: the output folder cannot be written ({reason}). Name another one.",
                 file=sys.stderr,
             )
-            raise SystemExit(1)
+            raise SystemExit(1) from None
 
 
 def write_nothing(config: DictConfig) -> None:
@@ -118,14 +124,16 @@ Plugins.instance().register(PresetSearchPath)
 def main(config: DictConfig) -> Any:
     """Run the task of a composed configuration; returns what the task returns (a sweeper optimizes it)."""
     with stop_on_signals():
-        task = partial(get_method(config.task._target_), build=build)
+        target = OmegaConf.select(config, "task._target_")
+        try:
+            task = partial(get_method(target), build=build)
+        except Exception as error:
+            raise ConfigError(f"task._target_={target}: is no function ({error}). See conf/task.") from error
         if sweep.is_job():
             return sweep.job(config, check, task)
         with distributed.process_group():
-            if distributed.ranks() > 1 and config.task._target_ not in TASKS_OF_RANKS:
-                raise ConfigError(
-                    f"{config.task._target_}: this task takes one process; start it without torchrun."
-                )
+            if distributed.ranks() > 1 and target not in TASKS_OF_RANKS:
+                raise ConfigError(f"{target}: this task takes one process; start it without torchrun.")
             check(config)
             return task(config)
 
@@ -145,7 +153,8 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"{keys}: not given. Add {sorted(missing)[0]}=... to the command.")
     for key in READ:
         parent, _, name = key.rpartition(".")
-        if name not in (OmegaConf.select(config, parent) if parent else config):
+        section = OmegaConf.select(config, parent) if parent else config
+        if not isinstance(section, DictConfig) or name not in section:
             raise ConfigError(f"{key}: is not in the configuration, and no run does without it.")
     check_number("seed", config.seed, minimum=0, integer=True)
 
@@ -318,6 +327,8 @@ def make(key: str, node: DictConfig, **arguments: Any) -> Any:
     Raises:
         ConfigError: the part's own, or one that names the group and the options it did not take.
     """
+    if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"{key}._target_: names what is to be made, and is not there. See conf/{key}.")
     try:
         return instantiate(node, **arguments)
     except (

@@ -3,8 +3,10 @@ import os
 # Tests run in parallel, and so does each on its own; small networks gain nothing from threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +61,17 @@ def make_method(configured: Callable[..., DictConfig]) -> Callable[..., Method]:
         )
 
     return make_one
+
+
+@contextmanager
+def no_room(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond so many bytes: writing fails then as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Answer(NamedTuple):

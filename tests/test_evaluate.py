@@ -165,6 +165,16 @@ def test_a_data_set_may_have_moved(okddip: Okddip, tmp_path: Path) -> None:
     assert report()["metrics"]["loss"] == pytest.approx(state["metrics"]["test/loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "confusion.png", "confusion.pdf"])
+def test_what_cannot_be_written_is_named(okddip: Okddip, name: str) -> None:
+    train(okddip, "method=baseline", "tracking=none", "trainer.limit_batches=1")
+    Path("evaluation", name, "in the way").mkdir(parents=True)
+    answer = okddip(*EVALUATE, "checkpoint=run", "tracking=none", "trainer.limit_batches=1")
+    assert answer.code == 1
+    assert "evaluation: evaluation.json, confusion.png and confusion.pdf cannot be written (" in answer.err
+    assert "Traceback" not in answer.err
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -174,6 +184,7 @@ def test_a_data_set_may_have_moved(okddip: Okddip, tmp_path: Path) -> None:
         (["checkpoint=runs:/1234"], "checkpoint=runs:/1234: needs an MLflow store"),
         (["checkpoint=run", "method.peers=3"], "method.peers: is settled by the checkpoint"),
         (["checkpoint=run", "experiment=quickstart"], "experiment: is settled by the checkpoint"),
+        (["checkpoint=run", "ablation=no_leader"], "ablation: is settled by the checkpoint"),
     ],
 )
 def test_bad_input_is_refused_by_name(okddip: Okddip, overrides: list[str], message: str) -> None:

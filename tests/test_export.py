@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import Answer
+from conftest import Answer, no_room
 from models.model_options import factory, parameters
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -259,15 +259,69 @@ def test_a_format_that_answers_otherwise_leaves_nothing(
     assert not list(Path().glob(".export-*"))
 
 
-def test_damaged_exports_are_refused_by_name(okddip: Okddip, trained: Trained) -> None:
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *(("safetensors", "model.safetensors"), ("torch", "model.pt2"), ("onnx", "model.onnx")),
+        ("mlflow", "mlflow"),
+    ],
+)
+def test_a_full_disk_is_named_and_leaves_nothing(
+    okddip: Okddip, trained: Trained, name: str, file: str
+) -> None:
+    trained()
+    with no_room(100_000):
+        answer = okddip("task=export", "checkpoint=run", f"export.formats=[{name}]", "export.out=out")
+    assert answer.code == 1
+    assert f"export.out=out: cannot be written ({file}: File too large)" in answer.err
+    assert "Traceback" not in answer.err
+    assert not Path("out").exists()
+    assert not list(Path().glob(".export-*"))
+
+
+@pytest.fixture
+def exported(okddip: Okddip, trained: Trained) -> Path:
     trained()
     okddip("task=export", "checkpoint=run", "export.formats=[safetensors]", "export.out=out")
-    weights = Path("out/model.safetensors").read_bytes()
-    Path("out/model.safetensors").write_bytes(weights[:-100])
+    return Path("out")
+
+
+def test_damaged_weights_are_refused_by_name(exported: Path) -> None:
+    weights = (exported / "model.safetensors").read_bytes()
+    for damaged in (weights[:-100], weights[:50], b"", b"no weights", weights[8:]):
+        (exported / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ConfigError, match="out: is damaged"):
+            package.load("out")
+    (exported / "model.safetensors").unlink()
+    for nothing in ("out", "run", "nowhere"):
+        with pytest.raises(ConfigError, match=f"{nothing}: holds no exported network"):
+            package.load(nothing)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"model": None}, {"model": {}}, {"model": "resnet8"}, {"model": {"_target_": "os.nope"}}),
+        *({"model": {"_target_": "okddip.models.resnet.resnet", "depth": 9}}, {"ensemble": 7}),
+        *({"classes": 10}, {"classes": ["a", "b"]}, {"ensemble": {"peers": 2}}, {"preprocessing": []}),
+        {"preprocessing": {"image_size": [16], "channels": 1, "mean": [0.5], "std": [0.5]}},
+        {"preprocessing": {"image_size": [16, "16"], "channels": 1, "mean": [0.5], "std": [0.5]}},
+        {"preprocessing": {"image_size": [16, 16], "channels": 1, "mean": [0.5, 0.5], "std": [0.5]}},
+        {"preprocessing": {"image_size": [16, 16], "channels": 1, "mean": ["a"], "std": [0.5]}},
+    ],
+)
+def test_a_description_of_something_else_is_refused_by_name(exported: Path, change: dict[str, Any]) -> None:
+    description = json.loads((exported / "model.json").read_text())
+    (exported / "model.json").write_text(json.dumps(description | change))
     with pytest.raises(ConfigError, match="out: is damaged"):
         package.load("out")
-    with pytest.raises(ConfigError, match="run: holds no exported network"):
-        package.load("run")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"7", b"null", b"{}", b"\xff\xfe\x00"])
+def test_a_description_that_is_none_is_refused_by_name(exported: Path, text: bytes) -> None:
+    (exported / "model.json").write_bytes(text)
+    with pytest.raises(ConfigError, match="out: is damaged"):
+        package.load("out")
 
 
 def test_files_pil_images_and_arrays_are_predicted_alike(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from conftest import Answer
+from conftest import Answer, no_room
 from PIL import Image
 
 from okddip import checkpoint
@@ -111,6 +111,9 @@ def test_a_failing_run_is_marked_failed(okddip: Okddip, tmp_path: Path) -> None:
         (["~seed"], "seed"),
         (["+method.foo=1"], "unexpected keyword argument 'foo'"),
         (["optimizer._partial_=1"], "_partial_"),
+        (["~method._target_"], "method._target_: names what is to be made, and is not there"),
+        (["~task"], "task._target_=None: is no function"),
+        (["task._target_=os.nope"], "task._target_=os.nope: is no function"),
         (["trainer.epochs=10000000000"], "trainer.epochs=10000000000: must be a whole number"),
         (["method.peers=100000"], "method.peers=100000: must be a whole number at least 1 and at most 1000"),
         (["method.peers=1000", "model=wrn20_8"], "need"),
@@ -150,6 +153,14 @@ def test_an_output_folder_that_cannot_be_written_is_refused(okddip: Okddip, tmp_
         assert answer.code == 1
         assert "the output folder cannot be written" in answer.err
         assert "Traceback" not in answer.err
+
+
+def test_an_output_folder_without_room_is_refused(okddip: Okddip) -> None:
+    with no_room(10_000):
+        answer = okddip(*SMALL, "hydra.run.dir=run")
+    assert answer.code == 1
+    assert "hydra.run.dir=run: the output folder cannot be written (File too large)" in answer.err
+    assert "Traceback" not in answer.err
 
 
 def test_no_distillation_is_a_valid_setting(okddip: Okddip) -> None:
