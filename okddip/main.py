@@ -331,9 +331,7 @@ def make(key: str, node: DictConfig, **arguments: Any) -> Any:
         raise ConfigError(f"{key}._target_: names what is to be made, and is not there. See conf/{key}.")
     try:
         return instantiate(node, **arguments)
-    except (
-        Exception
-    ) as error:  # Hydra's own, and what it does not wrap: a _partial_ that is no truth value, say
+    except Exception as error:  # not all of Hydra's own are HydraExceptions
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__
