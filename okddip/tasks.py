@@ -63,7 +63,7 @@ def train(
             resume.find_tracked(run, parts.tracker)
             tracking_id = parts.tracker.start(
                 name=config.name,
-                params=settings,
+                params=params_of(config),
                 tags={
                     **{name: str(option) for name, option in config.options.items()},
                     "peers": str(parts.method.peers),
@@ -72,6 +72,7 @@ def train(
                     "device": str(parts.trainer.device),
                     "identity": resume.identity(config),
                     "folder": str(run.folder),
+                    **({} if run.tracking_id else description(config, parts)),  # which people may edit
                     **({} if teacher_folder else sweep.tags()),
                 },
                 config_yaml=OmegaConf.to_yaml(config),
@@ -81,6 +82,8 @@ def train(
             )
             if tracking_id:
                 resume.note(run, tracking_id=tracking_id, store=tracking.public(config.tracking.uri))
+                parts.tracker.log_datasets(splits_of(config, parts.dataset))
+            parts.tracker.watch_system()
             finished = resume.finished_epochs(run.folder / "metrics.jsonl")
             for epoch, timestamp_ms, results in finished:
                 parts.tracker.log(results, epoch, timestamp_ms)
@@ -112,8 +115,8 @@ def train(
                 "best/epoch": best["epoch"],
             }
             if distributed.rank() == 0:
-                *_, (epoch, timestamp_ms, _) = resume.finished_epochs(run.folder / "metrics.jsonl")
-                parts.tracker.log(summary, epoch, timestamp_ms)
+                *_, (_, timestamp_ms, _) = resume.finished_epochs(run.folder / "metrics.jsonl")
+                parts.tracker.log(summary, 0, timestamp_ms)  # MLflow draws bars of what is at step 0 alone
             if parts.tracker.checkpoints:
                 for path in (run.folder / name for name in ("last.pt", "best.pt", "metrics.jsonl")):
                     if path.exists():  # a copied `last.pt` may have come alone
@@ -164,8 +167,47 @@ def how_to_go_on() -> Iterator[None]:
         raise
 
 
-def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
-    """Say what the run is, before it begins."""
+def params_of(config: DictConfig | dict[str, Any]) -> dict[str, str]:
+    """What MLflow's columns and plots show of a configuration: all that tells runs apart, and no more.
+
+    Named like overrides, `method=okddip method.peers=4`. Left out are places, how a run is logged and
+    continued, and import paths that follow from the name of an option; `config.yaml` has them all.
+    """
+    flat = resume.settings(config)
+    named = {key: value for key, value in flat.items() if not key.startswith("options.")}
+    return {
+        **{name: str(option) for name, option in config["options"].items()},
+        **{key: value for key, value in named.items() if not is_implied(key, value)},
+        **tracking.flatten({"dataset.root": config["dataset"].get("root")}),
+    }
+
+
+def is_implied(key: str, value: str) -> bool:
+    group, _, name = key.rpartition(".")
+    if name == "_target_" and value.startswith("okddip."):
+        return group not in ("optimizer", "scheduler")  # whose option has no param of its own
+    return name == "_partial_"
+
+
+def splits_of(config: DictConfig, dataset: Dataset) -> dict[str, tracking.DatasetSplit]:
+    """The splits of a data set for MLflow's own field."""
+    root = config.dataset.get("source", config.dataset).get("root")
+    place = dataset.name if root is None else str(Path(root).expanduser().absolute())
+    return {
+        split: tracking.DatasetSplit(dataset.name, dataset.digest(split), place, size)
+        for split, size in dataset.sizes.items()
+    }
+
+
+def description(config: DictConfig, parts: Parts) -> dict[str, str]:
+    """The tag that MLflow shows as the run's description, in Markdown."""
+    items = [f"- **{what}** {text}" for what, text in in_words(config, parts).items()]
+    hint = "`okddip task=report report.run=ID` with this run's ID prints the command that reproduces it."
+    return {"mlflow.note.content": "\n".join([*items, "", hint])}
+
+
+def in_words(config: DictConfig, parts: Parts) -> dict[str, str]:
+    """What the run is."""
     method, group, dataset, trainer = parts.method, parts.group, parts.dataset, parts.trainer
     plain = sum(parameter.numel() for parameter in group.extract(0).parameters())
     trained = sum(parameter.numel() for module in (group, method) for parameter in module.parameters())
@@ -174,18 +216,20 @@ def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
     height, width = dataset.image_size
     ranks = f" and {distributed.ranks() - 1} more" if distributed.ranks() > 1 else ""
     compiled = f", compiled ({trainer.compile_mode})" if trainer.compile else ""
-    log.info(
-        "method     %s, %s\n"
-        "model      %s, %s parameters; trained together %s\n"
-        "data set   %s, %s images of %dx%dx%d, %d classes\n"
-        "device     %s, %s%s\n"
-        "folder     %s%s",
-        *(config.options.method, peers),
-        *(config.options.model, f"{plain:,}", f"{trained:,}"),
-        *(config.options.dataset, sizes, dataset.channels, height, width, len(dataset.classes)),
-        *(f"{trainer.device}{ranks}", trainer.precision, compiled),
-        *(run.folder, f"; {how_far(config, run.state)}" if run.state else ""),
-    )
+    images = f"images of {dataset.channels}x{height}x{width}"
+    return {
+        "method": f"{config.options.method}, {peers}",
+        "model": f"{config.options.model}, {plain:,} parameters; trained together {trained:,}",
+        "data set": f"{config.options.dataset}, {sizes} {images}, {len(dataset.classes)} classes",
+        "device": f"{trainer.device}{ranks}, {trainer.precision}{compiled}",
+    }
+
+
+def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
+    """Say what the run is, before it begins."""
+    words = in_words(config, parts)
+    words["folder"] = f"{run.folder}" + (f"; {how_far(config, run.state)}" if run.state else "")
+    log.info("\n".join(f"{what:<10} {text}" for what, text in words.items()))
 
 
 def how_far(config: DictConfig, state: dict[str, Any]) -> str:

@@ -18,15 +18,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from okddip.errors import ConfigError
+import okddip
+from okddip.errors import ConfigError, check_choice
 
 if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
     import mlflow
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ RETRY_SECONDS = 10.0  # how long a store that does not answer is left alone
 UPLOAD_SECONDS = 60.0  # a server may store a large file before it answers
 FINISH_SECONDS = 60.0  # for all that is unsent at the end, as long as the store answers
 KILL_SECONDS = 3.0  # the same where the run is killed
+
+MOST_FILES = 10  # named in a tag
 
 # limits of MLflow's requests
 MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 250, 6000, 8000, 36
@@ -55,6 +60,15 @@ class Request(NamedTuple):
     upload: bool  # of a file, which may take long
 
 
+class DatasetSplit(NamedTuple):
+    """Images that a run works on."""
+
+    name: str  # of the data set
+    digest: str  # the same for the same images
+    place: str  # where they are
+    images: int
+
+
 class MLflow:
     """Tracking in an MLflow store.
 
@@ -62,12 +76,16 @@ class MLflow:
         uri: where the store is: `sqlite:///FILE`, another database or the address of a server.
         experiment: name of the experiment; created if absent.
         checkpoints: whether the trainer logs its checkpoints as artifacts.
+        system_metrics: whether training logs the load of CPU, memory, disk, network and GPUs.
     """
 
-    def __init__(self, uri: str, experiment: str, checkpoints: bool = True) -> None:
+    def __init__(
+        self, uri: str, experiment: str, checkpoints: bool = True, system_metrics: bool = False
+    ) -> None:
         self.uri = uri
         self.experiment = experiment
         self.checkpoints = checkpoints
+        self.system_metrics = system_metrics
         self.run_id = ""
         self._client: mlflow.tracking.MlflowClient
         self._experiment_id = ""
@@ -75,13 +93,21 @@ class MLflow:
         self._away = False
         self._retry_at = 0.0
         self._killed = False
+        self._monitor: SystemMetricsMonitor | None = None
 
     def open(self) -> None:
         """Reach the store; create its tables and the experiment if they are absent.
 
         Raises:
-            ConfigError: the store cannot be opened; within 10 s, where MLflow itself tries for minutes.
+            ConfigError: the store cannot be opened; within 10 s, where MLflow itself tries for minutes. Or
+                system metrics are wanted, and what measures them is not installed.
         """
+        check_choice("tracking.system_metrics", self.system_metrics, (True, False))
+        if self.system_metrics and find_spec("psutil") is None:
+            raise ConfigError(
+                "tracking.system_metrics=true: needs psutil, and nvidia-ml-py for NVIDIA's GPUs:"
+                " pip install 'okddip[system]'."
+            )
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # the store is told, nobody else
         from mlflow.tracking import MlflowClient
 
@@ -267,7 +293,8 @@ class MLflow:
         from mlflow.entities import Metric
 
         when = _now() if timestamp_ms is None else timestamp_ms
-        items = [Metric(key, float(value), when, epoch) for key, value in metrics.items()]
+        # MLflow's pages show metrics in the order of their arrival, and the compare page plots the first
+        items = [Metric(key, float(metrics[key]), when, epoch) for key in sorted(metrics, key=_importance)]
         for batch in _batches(items, MAX_METRICS):
             self._send(f"epoch {epoch}", partial(self._client.log_batch, self.run_id, metrics=batch))
 
@@ -276,15 +303,55 @@ class MLflow:
         upload = partial(self._client.log_artifact, self.run_id, str(path), folder)
         self._send(path.name, upload, upload=True)
 
-    def log_dataset(self, name: str, digest: str, context: str) -> None:
-        """Name the data set in MLflow's own field; `context` says what for: `train`, `val` or `test`."""
+    def log_datasets(self, splits: Mapping[str, DatasetSplit]) -> None:
+        """Name what the run works on in MLflow's own field, by what it is for: `train`, `val` or `test`."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        dataset = Dataset(
-            name, digest[:MAX_DIGEST_LENGTH], source_type="local", source=json.dumps({"uri": name})
-        )
-        used = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-        self._send("data set", partial(self._client.log_inputs, self.run_id, datasets=[used]))
+        used = [
+            DatasetInput(
+                Dataset(
+                    name=split.name,
+                    digest=split.digest[:MAX_DIGEST_LENGTH],
+                    source_type="local",
+                    source=json.dumps({"uri": split.place}),
+                    profile=json.dumps({"num_rows": split.images}),
+                ),
+                [InputTag("mlflow.data.context", context)],
+            )
+            for context, split in splits.items()
+        ]
+        self._send("data sets", partial(self._client.log_inputs, self.run_id, datasets=used))
+
+    def watch_system(self) -> None:
+        """Log the load of CPU, memory, disk, network and GPUs until the run ends, if that is switched on.
+
+        MLflow's own thread does it, so that a store which does not answer holds nothing up.
+        """
+        if not self.system_metrics:
+            return
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        class Monitor(SystemMetricsMonitor):
+            def monitor(self) -> None:
+                while not self._shutdown_event.is_set():
+                    super().monitor()  # gives up for good where the store does not answer once
+                    self._shutdown_event.wait(RETRY_SECONDS)
+
+        def begin() -> "SystemMetricsMonitor":
+            monitor = Monitor(self.run_id, resume_logging=True, tracking_uri=absolute(self.uri))
+            monitor.start()
+            return monitor
+
+        try:
+            self._monitor = _within(OPEN_SECONDS, begin)
+        except Exception as error:
+            logger.warning("There are no system metrics of this run: %s", _first_line(error))
+
+    def _unwatch_system(self) -> None:
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            with suppress(Exception):  # what the store does not take within this time is lost
+                _within(SEND_SECONDS, monitor.finish)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run, or replace them."""
@@ -301,6 +368,7 @@ class MLflow:
         """
         if not self.run_id:
             return
+        self._unwatch_system()
         end = partial(self._client.set_terminated, self.run_id, status, end_time=_now())
         self._unsent.append(Request("status", end, upload=False))
         if status == "KILLED":
@@ -390,8 +458,11 @@ class NoTracking:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep nothing."""
 
-    def log_dataset(self, name: str, digest: str, context: str) -> None:
+    def log_datasets(self, splits: Mapping[str, DatasetSplit]) -> None:
         """Keep nothing."""
+
+    def watch_system(self) -> None:
+        """There is nobody to tell."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Keep nothing."""
@@ -453,19 +524,37 @@ def source_tags() -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         "mlflow.user": _user(),
         "host": socket.gethostname(),
+        "version": okddip.__version__,
     }
     checkout = Path(__file__).resolve().parents[1]
-    commit = git_commit(checkout if (checkout / ".git").exists() else Path.cwd())
-    return {**tags, "mlflow.source.git.commit": commit} if commit else tags
+    if not (checkout / ".git").exists():  # installed: what can change is the user's own code
+        checkout = Path.cwd()
+    if commit := git_commit(checkout):
+        tags["mlflow.source.git.commit"] = commit
+        if changed := git_changes(checkout):
+            more = f" and {len(changed) - MOST_FILES} more" if len(changed) > MOST_FILES else ""
+            tags["mlflow.source.git.dirty"] = "true"
+            tags["uncommitted"] = ", ".join(changed[:MOST_FILES]) + more
+    return tags
 
 
 def git_commit(folder: Path) -> str | None:
     """The commit checked out in `folder`; None where there is none, or no git."""
-    command = ["git", "-C", str(folder), "rev-parse", "--verify", "--quiet", "HEAD"]
+    return _git(folder, "rev-parse", "--verify", "--quiet", "HEAD").strip() or None
+
+
+def git_changes(folder: Path) -> list[str]:
+    """The tracked files of a checkout that are not as they were committed."""
+    return _git(folder, "diff", "--name-only", "HEAD").splitlines()
+
+
+def _git(folder: Path, *command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+        return subprocess.run(
+            ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=5
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return None
+        return ""
 
 
 def _user() -> str:
@@ -486,6 +575,13 @@ def _key(name: str) -> str:
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def _importance(metric: str) -> tuple[int, int, bool]:
+    """What a reader asks for first: results before training, the primary predictor before the others."""
+    split, _, rest = metric.partition("/")
+    known = ("final", "best", "test", "val", "train")
+    return known.index(split) if split in known else len(known), rest.count("/"), rest != "top1"
 
 
 def _now() -> int:

@@ -1,5 +1,6 @@
 """The program from its command line."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def test_two_epochs_leave_checkpoints_metrics_and_a_finished_mlflow_run(
     [run] = client.search_runs([client.get_experiment_by_name("okddip").experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["method.peers"] == "3"
-    assert run.data.params["dataset.source._target_"] == "okddip.data.sources.digits"
+    assert run.data.params["dataset"] == "digits"
     assert run.data.tags["model"] == "resnet8"
     for name in (
         *("train/loss", "train/hard_loss", "train/first_level_loss", "train/second_level_loss"),
@@ -47,6 +48,13 @@ def test_two_epochs_leave_checkpoints_metrics_and_a_finished_mlflow_run(
     assert run.data.metrics["test/top1"] == run.data.metrics["test/leader/top1"]
     assert run.data.metrics["final/top1"] == run.data.metrics["test/top1"]
     assert run.data.metrics["best/top1"] >= run.data.metrics["final/top1"]
+    used = {tag.value: each.dataset for each in run.inputs.dataset_inputs for tag in each.tags}
+    assert {context: json.loads(dataset.profile)["num_rows"] for context, dataset in used.items()} == {
+        "train": 1438,
+        "test": 359,
+    }
+    assert run.data.tags["version"]
+    assert "okddip, 3 peers (branch)" in run.data.tags["mlflow.note.content"]
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "last.pt", "best.pt"} <= artifacts
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2

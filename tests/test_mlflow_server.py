@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from test_tracking import free_port, mlflow_server
 
 from okddip import checkpoint, resume
-from okddip.tracking import flatten
+from okddip.tasks import params_of
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def lacks_nothing(client: MlflowClient, run: Run, uri: str) -> None:
     folder = Path(run.data.tags["folder"])
     state = checkpoint.load(folder / "last.pt")
     assert run.info.status == "FINISHED"
-    assert run.data.params == flatten(state["config"])
+    assert run.data.params == params_of(state["config"])
     assert run.data.tags["identity"] == resume.identity(OmegaConf.create(state["config"]))
     assert run.data.tags["mlflow.runName"] == state["config"]["name"]
 

@@ -24,7 +24,7 @@ from hydra.utils import instantiate
 from okddip import tracking
 from okddip.errors import ConfigError
 from okddip.signals import stop_on_signals
-from okddip.tracking import MLflow, NoTracking, flatten, git_commit
+from okddip.tracking import DatasetSplit, MLflow, NoTracking, flatten, git_changes, git_commit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -159,12 +159,28 @@ def test_a_file_that_is_gone_is_warned_about_and_stops_nothing(
     assert stored(tracker).data.metrics == {"train/loss": 1.0}
 
 
-def test_the_data_set_is_in_its_own_field(tracker: MLflow) -> None:
+def test_data_sets_are_in_their_own_field_once(tracker: MLflow) -> None:
+    run_id = start(tracker)
+    splits = {
+        "train": DatasetSplit("digits", "0" * 64, "/data", 1438),
+        "test": DatasetSplit("digits", "1" * 16, "/data", 359),
+    }
+    tracker.log_datasets(splits)
+    start(tracker, run_id=run_id)
+    tracker.log_datasets(splits)
+    used = {tag.value: used.dataset for used in stored(tracker).inputs.dataset_inputs for tag in used.tags}
+    assert len(stored(tracker).inputs.dataset_inputs) == 2
+    assert {context: (dataset.name, dataset.digest) for context, dataset in used.items()} == {
+        "train": ("digits", "0" * tracking.MAX_DIGEST_LENGTH),
+        "test": ("digits", "1" * 16),
+    }
+
+
+def test_metrics_arrive_with_results_first(tracker: MLflow) -> None:
     start(tracker)
-    tracker.log_dataset("digits", "0" * 64, "train")
-    (used,) = stored(tracker).inputs.dataset_inputs
-    assert used.dataset.name == "digits"
-    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "train")]
+    tracker.log({"train/lr": 1, "train/top1": 2, "test/peer0/top1": 3, "test/loss": 4, "test/top1": 5}, 0)
+    names = list(stored(tracker).data.metrics)
+    assert names == ["test/top1", "test/loss", "test/peer0/top1", "train/top1", "train/lr"]
 
 
 def test_tags_can_be_replaced(tracker: MLflow) -> None:
@@ -417,6 +433,19 @@ def test_the_commit_is_that_of_the_folder(tmp_path: Path) -> None:
     assert git_commit(tmp_path) == head.strip()
 
 
+def test_files_that_are_not_as_committed_are_found(tmp_path: Path) -> None:
+    assert git_changes(tmp_path) == []
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for name in ("kept.py", "changed.py"):
+        (tmp_path / name).write_text("1\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    assert git_changes(tmp_path) == []
+    (tmp_path / "changed.py").write_text("2\n")
+    (tmp_path / "results.txt").write_text("no code\n")
+    assert git_changes(tmp_path) == ["changed.py"]
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
@@ -552,3 +581,69 @@ tracker.finish("FINISHED")
         for metric in ("metric0", "metric19"):
             points = reader._client.get_metric_history(run.info.run_id, metric)
             assert sorted(point.step for point in points) == list(range(50))
+
+
+def test_system_metrics_are_off_unless_asked_for(tracker: MLflow) -> None:
+    start(tracker)
+    tracker.watch_system()
+    assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_system_metrics_go_on_with_the_run_that_goes_on(
+    tracker: MLflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    name = "system/cpu_utilization_percentage"
+
+    def part(run_id: str | None, points: int) -> str:
+        watched = MLflow(tracker.uri, tracker.experiment, system_metrics=True)
+        watched.open()
+        run_id = start(watched, run_id=run_id)
+        watched.watch_system()
+        for _ in range(200):
+            if len(history(watched, name)) >= points:
+                break
+            time.sleep(0.1)
+        watched.finish("FINISHED")
+        assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
+        steps = [step for step, *_ in history(watched, name)]
+        assert len(steps) >= points
+        assert steps == list(range(len(steps)))
+        return run_id
+
+    run_id = part(None, 2)
+    part(run_id, 5)
+
+
+@pytest.mark.slow
+def test_system_metrics_hold_nothing_up_and_come_back_with_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.1)
+    name = "system/cpu_utilization_percentage"
+    port = free_port()
+
+    def wait_for_points(more_than: int) -> int:
+        for _ in range(600):
+            points = len(history(tracker, name))
+            if points > more_than:
+                return points
+            time.sleep(0.1)
+        raise AssertionError(f"no more than {points} points of {name}")
+
+    with mlflow_server(tmp_path, port):
+        tracker = MLflow(f"http://127.0.0.1:{port}", "watched", system_metrics=True)
+        tracker.open()
+        start(tracker)
+        tracker.watch_system()
+        before = wait_for_points(0)
+    time.sleep(2)  # MLflow's own monitor gives up here
+    with mlflow_server(tmp_path, port) as server:
+        wait_for_points(before)
+        os.killpg(server.pid, signal.SIGSTOP)
+        answers = threading.Timer(30, os.killpg, (server.pid, signal.SIGCONT))
+        answers.start()
+        tracker.finish("KILLED")
+        assert answers.is_alive()  # the run ended although the server hangs
+        answers.cancel()

@@ -1,5 +1,6 @@
 """Image folders too large for memory: decoded by worker processes while the model trains."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -128,6 +129,15 @@ class StreamingDataset:
                 f"dataset.pad={pad}, dataset.on_device={on_device}: do not apply to a streamed data set; "
                 f"leave them at null and false."
             )
+
+    def digest(self, split: str) -> str:
+        """Of the files' names and labels in a split, without the folder; images are not read for it."""
+        paths, labels = self.splits[split]
+        digest = hashlib.blake2b(repr(self.classes).encode(), digest_size=8)
+        digest.update(labels.tobytes())
+        for path in paths:
+            digest.update(os.path.basename(path) + b"\0")  # noqa: PTH119 - bytes, a million of them
+        return digest.hexdigest()
 
     def train_loader(
         self,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 METHODS = ("baseline", "independent", "kd", "dml", "cl_ilr", "one", "okddip")  # the order of rows
 # what a reader asks for first of the settings that do not vary
 COMMON = {
-    "options.model": "model",
+    "model": "model",
     "method.peers": "peers",
     "method.structure": "structure",
     "trainer.epochs": "epochs",
@@ -50,7 +50,7 @@ class Group:
 
     @property
     def method(self) -> str:
-        return self.settings["options.method"]
+        return self.settings["method"]
 
 
 @dataclass
@@ -69,8 +69,7 @@ class Comparison:
         alike = [
             other
             for other in self.groups
-            if other.method == group.method
-            and other.settings.get("options.model") == group.settings.get("options.model")
+            if other.method == group.method and other.settings.get("model") == group.settings.get("model")
         ]
         words = [group.method]
         for column in self.columns:
@@ -137,7 +136,7 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
 
 def changed(settings: pd.Series, keys: Sequence[str]) -> str:
     """The settings among `keys` that are not those of the method's option file."""
-    usual = defaults(settings["options.method"])
+    usual = defaults(settings["method"])
     different = [key for key in keys if settings[key] not in ("", usual.get(key))]
     return " ".join(f"{key.removeprefix('method.')}={settings[key]}" for key in different)
 
@@ -148,11 +147,11 @@ def varying(settings: pd.DataFrame) -> dict[str, str]:
     A setting of a group counts if it varies among runs with the same option of that group: that methods
     have other settings than one another is no news. Peers and structure count in any case.
     """
-    keys = ["options.method"]
-    for key in sorted(settings.columns, key=lambda key: (not key.startswith("options."), key.count("."))):
+    keys = ["method"]
+    for key in sorted(settings.columns, key=lambda key: key.count(".")):
         part = key.partition(".")[0]
-        option = next((name for name in (f"options.{part}", f"{part}._target_") if name in settings), None)
-        if key == "options.method" or (key.endswith("._target_") and key != option):
+        option = next((name for name in (part, f"{part}._target_") if name in settings), None)
+        if key == "method" or (key.endswith("._target_") and key != option):
             continue
         if key == option or option is None or key in SHAPE:
             varies = settings[key].nunique() > 1

@@ -67,7 +67,7 @@ def write(client: "MlflowClient", comparisons: Sequence[Comparison], folder: Pat
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of each letter in a PDF
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         for comparison in comparisons:
-            for model in dict.fromkeys(group.settings["options.model"] for group in comparison.groups):
+            for model in dict.fromkeys(group.settings["model"] for group in comparison.groups):
                 name = f"{comparison.dataset}-{model}"
                 for kind, figure in draw(comparison, model, of_run).items():
                     stem = re.sub(r"[^\w.-]+", "_", f"{kind}-{name}")
@@ -78,9 +78,7 @@ def write(client: "MlflowClient", comparisons: Sequence[Comparison], folder: Pat
 def draw(comparison: Comparison, model: str, history: History) -> dict[str, Figure]:
     """The figures of one data set and model, by kind."""
     groups = {
-        comparison.label(group): group
-        for group in comparison.groups
-        if group.settings["options.model"] == model
+        comparison.label(group): group for group in comparison.groups if group.settings["model"] == model
     }
     place = f"{comparison.dataset}, {model}"
     figures = {

@@ -34,7 +34,7 @@ def published_for(settings: Mapping[str, str]) -> list[Published]:
     found = [
         Published(row["top1"], row["std"], row["runs"], row["source"], marks(row, settings))
         for row in read("published_results.csv")
-        if all(row[name] == settings.get(f"options.{name}") for name in ("dataset", "model", "method"))
+        if all(row[name] == settings.get(name) for name in ("dataset", "model", "method"))
     ]
     fewest = min((len(figure.marks) for figure in found), default=0)
     return [figure for figure in found if len(figure.marks) == fewest]

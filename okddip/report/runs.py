@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 PAGE = 1000  # runs that the store sends at once
+NEEDED = {"method", "seed", "trainer.epochs"}  # params of a training run
+OTHER_TASKS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
 
 
 def open_store(uri: str) -> "MlflowClient":
@@ -101,7 +103,9 @@ def search(client: "MlflowClient", experiment_id: str, where: str = "") -> list[
 
 def comparable(found: Sequence["Run"]) -> tuple[list["Run"], str]:
     """The finished training runs among `found`, oldest first, and a sentence on those left out."""
-    training = [run for run in found if "seed" in run.data.params and "trainer.epochs" in run.data.params]
+    training = [
+        run for run in found if run.data.params.keys() >= NEEDED and not OTHER_TASKS & run.data.tags.keys()
+    ]
     finished = [
         run
         for run in training
@@ -142,7 +146,7 @@ def seed(run: "Run") -> str:
 
 def dataset(run: "Run") -> str:
     """What the run was tested on; image folders are data sets of their own."""
-    option = params(run).get("options.dataset", "")
+    option = params(run).get("dataset", "")
     if option in ("image_folder", "imagenet"):
         return f"{option} {params(run).get('dataset.root')}"
     return option

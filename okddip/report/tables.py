@@ -120,7 +120,7 @@ def notes(comparison: Comparison) -> list[str]:
 def full_precision(group: Group) -> dict[str, object]:
     """A group's row of the CSV file."""
     row: dict[str, object] = {
-        "model": group.settings.get("options.model"),
+        "model": group.settings.get("model"),
         "method": group.method,
         "peers": group.settings.get("method.peers"),
         "structure": group.settings.get("method.structure"),

@@ -8,10 +8,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from okddip.main import CONFIG_HOME
-from okddip.tracking import flatten
+from okddip.tasks import params_of
 
 EPOCHS = 12
 
@@ -39,7 +39,7 @@ def add_runs(
     method, peers = config.options.method, config.method.peers
     for seed, top1 in zip(seeds, last, strict=True):
         config.seed = seed
-        params = flatten(OmegaConf.to_container(config, resolve=True))
+        params = params_of(config)
         run_id = client.create_run(
             experiment_id, tags={"method": method, "device": "cpu", **tags}
         ).info.run_id

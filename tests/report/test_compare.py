@@ -58,7 +58,7 @@ def test_the_interval_covers_the_true_difference_in_95_of_100_experiments() -> N
 
 
 def run(method: str, **changes: str) -> dict[str, str]:
-    settings = {"options.method": method, "method.alpha": "1.0", "optimizer._target_": "sgd"}
+    settings = {"method": method, "method.alpha": "1.0", "optimizer._target_": "sgd"}
     settings |= {"optimizer.lr": "0.1", "dataset.image_size": "16", "dataset.source.image_size": "16"}
     return settings | {key.replace("__", "."): value for key, value in changes.items()}
 
@@ -86,9 +86,9 @@ def test_a_setting_that_repeats_another_is_one_column() -> None:
 
 
 def test_ablations_share_a_column_that_says_what_is_not_the_option_files() -> None:
-    ours = pd.Series({"options.method": "okddip", "method.leader": "true", "method.attention": "false"})
+    ours = pd.Series({"method": "okddip", "method.leader": "true", "method.attention": "false"})
     assert changed(ours, ["method.leader", "method.attention"]) == "attention=false"
-    theirs = pd.Series({"options.method": "mine", "method.leader": "", "method.weight": "0.5"})
+    theirs = pd.Series({"method": "mine", "method.leader": "", "method.weight": "0.5"})
     assert changed(theirs, ["method.leader", "method.weight"]) == "weight=0.5"
 
 
