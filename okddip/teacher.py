@@ -76,7 +76,7 @@ def configuration(config: DictConfig) -> DictConfig:
     for key in ("method", "model"):
         teacher[key] = OmegaConf.create(OmegaConf.to_container(options[key], resolve=True))
     teacher.options.method, teacher.options.model = "baseline", model
-    teacher.name = f"baseline-{teacher.method.structure}1-{model}-{config.options.dataset}-seed{config.seed}"
+    teacher.name = f"baseline1-seed{config.seed}-{teacher.method.structure}-{model}-{config.options.dataset}"
     teacher.trainer.resume, teacher.trainer.rerun = "auto", False
     return teacher
 

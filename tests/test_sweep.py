@@ -246,7 +246,7 @@ def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path:
     common = (*SMALL, "methods.teacher=auto", "methods.teacher_model=resnet14")
     assert okddip("-m", *common, "method=kd", "method.temperature=2,3", "hydra.sweep.dir=kd").code == 0
     [teacher] = runs(tmp_path, "others")
-    assert teacher.info.run_name == "baseline-network1-resnet14-digits-seed0"
+    assert teacher.info.run_name == "baseline1-seed0-network-resnet14-digits"
     assert teacher.info.status == "FINISHED"
     assert [run.data.params["method.teacher"] for run in runs(tmp_path)] == ["auto", "auto"]
 
@@ -356,7 +356,7 @@ def test_jobs_side_by_side_are_children_of_one_parent_and_share_a_teacher(
     assert {run.data.tags["mlflow.parentRunId"] for run in runs(tmp_path)} == {parent.info.run_id}
     assert [run.info.status for run in [parent, *runs(tmp_path)]] == ["FINISHED"] * 3
     assert [run.info.run_name for run in runs(tmp_path, "others")] == [
-        "baseline-network1-resnet14-digits-seed0"
+        "baseline1-seed0-network-resnet14-digits"
     ]
 
 
