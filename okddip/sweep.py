@@ -15,7 +15,7 @@ import shlex
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,7 +114,9 @@ def begin(config: DictConfig) -> Sweep:
     # the same sweep, wherever it is started and whatever is told of it
     from okddip.resume import PLACES, PLACES_OF_DATA
 
-    places = (*PLACES, *(f"dataset.{key}" for key in PLACES_OF_DATA))
+    # (what several methods share is named by their own settings in a job, and here by itself)
+    places = [place for place in PLACES if place != "methods."]
+    places += [f"dataset.{key}" for key in PLACES_OF_DATA]
     settings = sorted(
         f"{key}={value}"
         for key, value in overrides.items()
@@ -138,6 +140,7 @@ def begin(config: DictConfig) -> Sweep:
             "structure": swept.get("method.structure", own if "method" in swept else method.structure),
             "peers": swept.get("method.peers", own if "method" in swept else str(method.peers)),
             "seed": swept.get("seed", str(config.seed)),
+            **({} if same else {"mlflow.note.content": description(swept)}),  # which people may edit
         },
         config_yaml=OmegaConf.to_yaml(
             OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -148,6 +151,12 @@ def begin(config: DictConfig) -> Sweep:
     os.environ[NAME], os.environ[PARENT_RUN] = name, run_id
     sweep.tracker = tracker
     return sweep
+
+
+def description(swept: Mapping[str, str]) -> str:
+    """What a sweep varies, in Markdown."""
+    items = [f"- **{key}** {values.replace(',', ', ')}" for key, values in swept.items()]
+    return "\n".join(["A sweep; its jobs are the child runs.", "", *items])
 
 
 def tags() -> dict[str, str]:

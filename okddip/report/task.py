@@ -10,12 +10,16 @@ from omegaconf import DictConfig
 from okddip.errors import ConfigError
 from okddip.report import command, figures, runs, tables
 from okddip.report.compare import compare
+from okddip.tracking import MAX_TAG_LENGTH
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
     from okddip.tasks import Parts
+
+NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description, in Markdown
+HEADING = "### Report"
 
 
 def report(config: DictConfig, build: Callable[[DictConfig], "Parts"]) -> None:
@@ -54,7 +58,7 @@ def make(
         client: of the store that holds the runs.
         found: any runs; the parents of sweeps are passed over, unfinished runs are left out and counted.
         folder: created if absent.
-        parent_run_id: a run that gets the folder's files as artifacts, in `report/`.
+        parent_run_id: a run that gets the folder's files as artifacts, in `report/`, and in its description.
 
     Returns:
         `folder`.
@@ -76,4 +80,24 @@ def make(
         ) from error
     if parent_run_id is not None:
         client.log_artifacts(parent_run_id, str(folder), "report")
+        describe(client, parent_run_id, folder)
     return folder
+
+
+def describe(client: "MlflowClient", run_id: str, folder: Path) -> None:
+    """Show the report that a run has as artifacts in its description too, below what stands there."""
+    note = client.get_run(run_id).data.tags.get(NOTE, "").partition(HEADING)[0]
+    table = (folder / "table.md").read_text()
+    figures = [
+        f'<img src="get-artifact?path=report/{path.name}&run_uuid={run_id}" alt="{path.stem}" width="630">'
+        for path in sorted(folder.glob("*.png"))
+    ]
+    for parts in (
+        [table, *figures],
+        [table],
+        ["Too long to stand here: `report/table.md` of the artifacts."],
+    ):
+        text = "\n\n".join([f"{note.rstrip()}\n\n{HEADING}".lstrip(), *parts])
+        if len(text) <= MAX_TAG_LENGTH:
+            break
+    client.set_tag(run_id, NOTE, text)
