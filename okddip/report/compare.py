@@ -24,12 +24,13 @@ COMMON = {
     "dataset.train_size": "train_size",
 }
 SHAPE = ("method.peers", "method.structure")
+EQUAL = 1e-9  # percent; below it are rounding errors
 SEVERAL = "settings"  # one column where several settings of the method vary, as ablations do
 SCORES = {"last": "final/top1", "best": "best/top1"}
 
 
 class Difference(NamedTuple):
-    """Mean of ours less theirs, with its 95% interval (NaN if there are too few runs for one)."""
+    """Mean of ours less theirs, with its 95% interval (NaN if the runs do not give one)."""
 
     mean: float
     low: float
@@ -197,6 +198,7 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
     """Mean difference with its 95% interval, from Student's t.
 
     Over the pairs of runs with the same seed if there are at least two, otherwise Welch's for two samples.
+    There is none if nothing varies: accuracies on few images are often equal, and that is no certainty.
 
     Args:
         ours, theirs: scores; the index is the seed.
@@ -212,5 +214,5 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
         sizes = np.array([len(ours), len(theirs)])
         with np.errstate(divide="ignore", invalid="ignore"):
             freedom = float(squares.sum() ** 2 / (squares**2 / (sizes - 1)).sum())
-    half = float(stats.t.ppf(0.975, freedom) * error) if error != 0 else 0.0
+    half = float(stats.t.ppf(0.975, freedom) * error) if error > EQUAL else np.nan
     return Difference(float(mean), float(mean - half), float(mean + half), pairs)

@@ -99,7 +99,7 @@ def notes(comparison: Comparison) -> list[str]:
                 " (unpaired: Welch's, where fewer than two seeds are in both)."
             )
         if any(math.isnan(difference.low) for difference in differences):
-            lines.append("Where there is none, it would take two seeds of each.")
+            lines.append("Where there is none, it would take two seeds of each, and differences that vary.")
     if comparison.repeated:
         lines.append(
             f"Repeated runs, left out: {comparison.repeated}; of runs with the same settings and seed the"

@@ -43,8 +43,11 @@ def test_a_single_run_has_a_difference_and_no_interval() -> None:
     assert math.isnan(found.high)
 
 
-def test_equal_differences_have_an_interval_of_no_width() -> None:
-    assert difference(scores([2, 3], [0, 1]), scores([1, 2], [0, 1]))[:3] == (1, 1, 1)
+def test_equal_differences_are_no_certainty() -> None:
+    found = difference(scores([94.1, 95.2], [0, 1]), scores([95.77, 96.87], [0, 1]))
+    assert found.mean == pytest.approx(-1.67)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
 
 
 def test_the_interval_covers_the_true_difference_in_95_of_100_experiments() -> None:
