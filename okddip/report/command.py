@@ -48,6 +48,8 @@ def reproduce(client: "MlflowClient", run_id: str) -> str:
     typed = run.data.tags.get("command", "")
     commit = run.data.tags.get("mlflow.source.git.commit")
     about = f"# {run.info.run_name}, {run_id}" + (f", commit {commit}" if commit else "")
+    if changed := run.data.tags.get("uncommitted"):
+        about += f" with uncommitted changes in {changed}"
     if run.data.tags.get("kind") == "sweep":
         return f"{about}\n{typed}"  # all of its jobs
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for one small file
