@@ -106,7 +106,7 @@ def test_the_table_of_runs_tells_them_apart(page: "sync_api.Page", address: str,
     page.get_by_role("button", name="Columns").click()
     page.get_by_text("final/top1", exact=True).click()
     page.keyboard.press("Escape")
-    page.get_by_role("columnheader", name="final/top1").wait_for()
+    page.get_by_role("columnheader", name="final/top1").first.wait_for()
     accuracy = f"{jobs[0].data.metrics['final/top1']:.2f}"[:4]
     page.get_by_role("gridcell").filter(has_text=accuracy).first.wait_for()
 

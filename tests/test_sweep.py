@@ -186,6 +186,14 @@ def test_a_sweep_runs_all_jobs_and_says_what_became_of_them(okddip: Okddip, tmp_
     assert {run.info.status for run in runs(tmp_path, "parents")} == {"FAILED", "FINISHED"}
 
 
+def test_sweeps_with_other_shared_settings_are_other_sweeps(okddip: Okddip, tmp_path: Path) -> None:
+    for epochs in (1, 2):
+        answer = okddip("-m", *SMALL, "method=one", "seed=0,1", f"methods.ramp_epochs={epochs}")
+        assert answer.code == 0, answer.err
+        time.sleep(1)  # the sweep's folder is named by the second
+    assert len(runs(tmp_path, "parents")) == 2
+
+
 def test_a_sweep_without_a_sensible_job_fails(okddip: Okddip) -> None:
     answer = okddip("-m", *SMALL, "tracking=none", "method=one", "method.structure=network", "seed=0,1")
     assert answer.code == 1

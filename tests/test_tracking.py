@@ -589,6 +589,14 @@ def test_system_metrics_are_off_unless_asked_for(tracker: MLflow) -> None:
     assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_system_metrics_without_what_measures_them_are_refused(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(ConfigError, match=r"tracking\.system_metrics=true: needs psutil.*okddip\[system\]"):
+        MLflow(uri, "first", system_metrics=True).open()
+
+
 def test_system_metrics_go_on_with_the_run_that_goes_on(
     tracker: MLflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:

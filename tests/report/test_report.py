@@ -188,6 +188,34 @@ def test_a_parent_run_gets_the_report_as_artifacts(uri: str, tmp_path: Path) -> 
     assert "left out: 1 (1 FAILED)" in (tmp_path / "report" / "table.txt").read_text()
 
 
+def test_the_description_of_a_parent_run_has_the_report_below_what_people_wrote(
+    uri: str, tmp_path: Path
+) -> None:
+    client = MlflowClient(uri)
+    found = runs.find(client, uri, "compare", sweep="night")
+    [parent] = [run.info.run_id for run in found if "mlflow.parentRunId" not in run.data.tags]
+    client.set_tag(parent, "mlflow.note.content", "The night shift.\n\n### Report\n\nold")
+    for name in ("first", "second"):
+        make(client, found, tmp_path / name, parent)
+    note = client.get_run(parent).data.tags["mlflow.note.content"]
+    assert note.startswith("The night shift.\n\n### Report\n\n**Test top-1 (%) on cifar10")
+    assert note.count("| okddip | 4 |") == 1
+    assert f"get-artifact?path=report/accuracy-cifar10-resnet32.png&run_uuid={parent}" in note
+
+
+def test_evaluations_and_benchmarks_are_no_unfinished_runs(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    MLflow(uri, "other").open()
+    client = MlflowClient(uri)
+    experiment_id = client.get_experiment_by_name("other").experiment_id
+    add_runs(client, experiment_id, "method=okddip", last=[93], seeds=[0])
+    for tags in ({"kind": "evaluation"}, {"task": "benchmark"}):
+        add_runs(client, experiment_id, "method=okddip", last=[1], seeds=[0], status="FAILED", tags=tags)
+    chosen, left_out = runs.comparable(runs.find(client, uri, "other"))
+    assert len(chosen) == 1
+    assert left_out == ""
+
+
 def test_the_task_prints_the_table_of_what_a_filter_chooses(okddip: Okddip, uri: str) -> None:
     store = (f"tracking.uri={uri}", "tracking.experiment=compare", "hydra.run.dir=run")
     chosen = r'report.where="params.`method.peers` = \"3\""'
