@@ -50,8 +50,10 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
     Raises:
         ConfigError: there is no such checkpoint, or the images are not of its classes and channels.
     """
+    settled = ("method", "methods", "model", "optimizer", "scheduler", "experiment", "ablation", "seed")
+    chosen = chosen_keys("evaluate", settled)
     path, state = open_checkpoint(config)
-    settings = evaluation_settings(config, state)
+    settings = evaluation_settings(config, chosen, state)
     parts = build(settings)
     check_images(settings, state, parts)
     # normalised as the network learned to see images, whatever this data set's own statistics are
@@ -111,14 +113,15 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
     return results["top1"]
 
 
-def evaluation_settings(config: DictConfig, state: dict[str, Any]) -> DictConfig:
+def evaluation_settings(config: DictConfig, chosen: set[str], state: dict[str, Any]) -> DictConfig:
     """The configuration of a checkpoint with the data set, trainer, tracking and teacher of the command line.
 
+    Args:
+        chosen: keys and groups that the command line sets.
+
     Raises:
-        ConfigError: the command line sets what the checkpoint settles, or the teacher is nowhere.
+        ConfigError: the teacher is nowhere.
     """
-    settled = ("method", "methods", "model", "optimizer", "scheduler", "experiment", "ablation", "seed")
-    chosen = chosen_keys("evaluate", settled)
     settings = OmegaConf.create(state["config"])
     settings.tracking = config.tracking
     if "methods.teacher" in chosen:

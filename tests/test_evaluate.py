@@ -199,6 +199,29 @@ def test_bad_input_is_refused_by_name(okddip: Okddip, overrides: list[str], mess
     assert "Traceback" not in answer.err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": None}, "run/last.pt: is no checkpoint of this program"),
+        ({"config": {}}, "run/last.pt: is no checkpoint of this program"),
+        ({"config": [1]}, "run/last.pt: is no checkpoint of this program"),
+        ({"group": {}}, "does not fit: group: Error(s) in loading state_dict"),
+        ({"classes": ["a", "b"]}, "classes"),
+    ],
+)
+@pytest.mark.parametrize("task", ["evaluate", "export"])
+def test_a_checkpoint_of_something_else_is_refused(
+    okddip: Okddip, task: str, change: dict[str, Any], message: str
+) -> None:
+    state = train(okddip, "method=baseline", "tracking=none", "trainer.epochs=1", "trainer.limit_batches=1")
+    checkpoint.save(state | change, Path("run"), best=True)
+    answer = okddip(f"task={task}", "checkpoint=run", "tracking=none", "hydra.run.dir=out")
+    assert answer.code == 1
+    assert "Traceback" not in answer.err
+    if (task, change.get("classes")) != ("export", ["a", "b"]):  # there, the weights tell
+        assert message in answer.err
+
+
 def test_confusion_counts_the_answers_to_each_class() -> None:
     predictions = torch.eye(3)[torch.tensor([[0, 1, 1, 2], [0, 0, 0, 0]])]  # [2, 4, 3]
     confusion = count_confusion(predictions, torch.tensor([0, 0, 1, 1]))
