@@ -36,7 +36,8 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
     """Measure all predictors of a checkpoint on its own test set, or on that of another data set.
 
     The numbers are those the run itself reported where data set, batch size, device and precision are the
-    same. Leaves `evaluation.json`, `confusion.png` and `confusion.pdf` in the output folder, and an MLflow
+    same; of a compiled run, whose evaluation is not compiled here, losses and diversity are so to rounding.
+    Leaves `evaluation.json`, `confusion.png` and `confusion.pdf` in the output folder, and an MLflow
     run.
 
     Args:
