@@ -175,7 +175,8 @@ def against_peers(groups: dict[str, Group], history: History, place: str) -> Fig
     devices: set[str] = set()
     for number, (label, members) in enumerate(series.items()):
         members = sorted(members, key=peers)
-        counts = [peers(group) for group in members]
+        aside = 0.08 * (number - (len(series) - 1) / 2)  # bars of one count stand side by side
+        counts = [peers(group) + aside for group in members]
         times = [pd.Series([step_ms(run, history) for run in group.runs]) for group in members]
         tags = (runs.tag(run, "device") or "" for group in members for run in group.runs)
         devices |= {tag.partition(":")[0] for tag in tags} - {""}  # jobs side by side: cuda:0, cuda:1

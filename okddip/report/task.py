@@ -89,7 +89,7 @@ def describe(client: "MlflowClient", run_id: str, folder: Path) -> None:
     note = client.get_run(run_id).data.tags.get(NOTE, "").partition(HEADING)[0]
     table = (folder / "table.md").read_text()
     figures = [
-        f'<img src="get-artifact?path=report/{path.name}&run_uuid={run_id}" alt="{path.stem}" width="630">'
+        f"![{path.stem}](get-artifact?path=report/{path.name}&run_uuid={run_id})"
         for path in sorted(folder.glob("*.png"))
     ]
     for parts in (
