@@ -88,8 +88,8 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
     check_number("trainer.batch_size", config.trainer.batch_size, minimum=1, integer=True)
     check_number("trainer.eval_batch_size", config.trainer.eval_batch_size, minimum=1, integer=True)
     check_options({"image_size": config.dataset.get("image_size")})
-    shape, classes = shape_of(config)
-    synthetic = with_synthetic_images(config, shape, classes)
+    shape, learned = shape_of(config)
+    synthetic = with_synthetic_images(config, shape, learned)
     parts = build(synthetic)
     parts.tracker.start(
         name=config.name,
@@ -166,8 +166,8 @@ def check_settings(settings: DictConfig) -> None:
             )
 
 
-def shape_of(config: DictConfig) -> tuple[Shape, list[str]]:
-    """Size and channels of the images, and the names of the classes.
+def shape_of(config: DictConfig) -> tuple[Shape, dict[str, Any]]:
+    """Size and channels of the images, how many classes; and the teacher's `classes`, `mean` and `std`.
 
     From the command line; else from the teacher that learned them, where there is one; else those of the
     data set as it is known.
@@ -180,7 +180,7 @@ def shape_of(config: DictConfig) -> tuple[Shape, list[str]]:
         known = SHAPES[config.dataset.name]._asdict()
     if config.dataset.get("image_size") is not None:
         known["image_size"] = image_shape(config.dataset.image_size)
-    classes = None
+    learned: dict[str, Any] = {}
     if config.method.get("teacher"):
         if config.method.teacher == "auto":
             raise ConfigError(
@@ -189,7 +189,8 @@ def shape_of(config: DictConfig) -> tuple[Shape, list[str]]:
         path = checkpoint.find("method.teacher", config.method.teacher, config.tracking.get("uri"))
         state = checkpoint.load(path)
         known = {name: state[name] for name in ("image_size", "channels")}
-        known["classes"], classes = len(state["classes"]), list(state["classes"])
+        known["classes"] = len(state["classes"])
+        learned = {name: list(state[name]) for name in ("classes", "mean", "std")}
     given = {name: config.benchmark[name] for name in Shape._fields if config.benchmark[name] is not None}
     if "image_size" in given:
         given["image_size"] = image_shape(given["image_size"])
@@ -201,20 +202,27 @@ def shape_of(config: DictConfig) -> tuple[Shape, list[str]]:
                 " benchmark.channels and benchmark.classes."
             )
     height, width = (known | given)["image_size"]
-    shape = Shape(**known | given | {"image_size": (height, width)})
-    if classes is None or len(classes) != shape.classes:
-        classes = [str(i) for i in range(shape.classes)]
-    return shape, classes
+    return Shape(**known | given | {"image_size": (height, width)}), learned
 
 
-def with_synthetic_images(config: DictConfig, shape: Shape, classes: list[str]) -> DictConfig:
-    """The configuration with random images in place of the data set's own; how they are loaded stays."""
+def with_synthetic_images(config: DictConfig, shape: Shape, learned: dict[str, Any]) -> DictConfig:
+    """The configuration with random images in place of the data set's own; how they are loaded stays.
+
+    Args:
+        config: as composed.
+        shape: of the images.
+        learned: what a teacher learned from, if there is one: names of the classes, mean and std.
+    """
     config = config.copy()
     height, width = shape.image_size
     most = min(50_000, MOST_BYTES // (height * width * shape.channels))
     batch = config.trainer.batch_size
     kept = ("name", "mean", "std", "pad", "flip", "on_device", "device_share")
     dataset = {key: config.dataset[key] for key in kept if config.dataset.get(key) is not None}
+    dataset |= {key: learned[key] for key in ("mean", "std") if key in learned}
+    classes = learned.get("classes", [])
+    if len(classes) != shape.classes:
+        classes = [str(i) for i in range(shape.classes)]
     if len(dataset.get("mean", [])) != shape.channels:
         dataset |= {"mean": [0.5] * shape.channels, "std": [0.25] * shape.channels}
     config.dataset = {

@@ -38,7 +38,7 @@ def parts(configured: Callable[..., DictConfig]) -> BuildParts:
 
     def build_parts(*overrides: str) -> Parts:
         config = configured("tracking=none", "trainer.device=cpu", *overrides)
-        return build(with_synthetic_images(config, Shape((8, 8), 3, 10), [str(i) for i in range(10)]))
+        return build(with_synthetic_images(config, Shape((8, 8), 3, 10), {}))
 
     return build_parts
 

@@ -100,6 +100,7 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "harmed").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     program = (
         "import torch\nfrom pathlib import Path\nfrom okddip import checkpoint\n"

@@ -139,7 +139,7 @@ def test_every_format_answers_as_the_leader(okddip: Okddip, trained: Trained) ->
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("structure", ["branch", "network"])
+@pytest.mark.parametrize("structure", ["branch", pytest.param("network", marks=pytest.mark.slow)])
 def test_the_ensemble_is_the_mean_of_the_auxiliary_peers(
     okddip: Okddip, trained: Trained, structure: str
 ) -> None:

@@ -270,6 +270,7 @@ class Mine(Method):
 USER_OPTION = "_target_: mine.Mine\npeers: 2\nstructure: branch\nrescale: false\nweight: 0.5\n"
 
 
+@pytest.mark.slow
 def test_a_users_own_method_runs_from_an_installed_wheel(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     subprocess.run(

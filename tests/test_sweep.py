@@ -186,6 +186,7 @@ def test_a_sweep_runs_all_jobs_and_says_what_became_of_them(okddip: Okddip, tmp_
     assert {run.info.status for run in runs(tmp_path, "parents")} == {"FAILED", "FINISHED"}
 
 
+@pytest.mark.slow
 def test_sweeps_with_other_shared_settings_are_other_sweeps(okddip: Okddip, tmp_path: Path) -> None:
     for epochs in (1, 2):
         answer = okddip("-m", *SMALL, "method=one", "seed=0,1", f"methods.ramp_epochs={epochs}")
@@ -222,9 +223,8 @@ def test_a_job_that_is_cut_off_goes_on(
     assert answer.out.count("goes on after epoch 1") == 2
 
 
-@pytest.mark.parametrize(
-    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_job_gives_the_weights_that_it_gives_alone(okddip: Okddip, tmp_path: Path, compiled: bool) -> None:
     common = (
         *SMALL,

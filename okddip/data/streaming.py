@@ -3,6 +3,8 @@
 import hashlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -255,7 +257,11 @@ class StreamingLoader:
 
     def _decoded(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         try:
-            yield from loader
+            batches = iter(loader)
+            if threading.current_thread() is threading.main_thread():
+                # PyTorch's handler would raise for a dead worker wherever training is just then
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield from batches
         except (RuntimeError, OSError) as error:
             if isinstance(error, RuntimeError) and "worker" not in str(error):
                 raise
