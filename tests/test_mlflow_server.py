@@ -71,7 +71,7 @@ def lacks_nothing(client: MlflowClient, run: Run, uri: str) -> None:
     assert run.data.tags["identity"] == resume.identity(OmegaConf.create(state["config"]))
     assert run.data.tags["mlflow.runName"] == state["config"]["name"]
 
-    epochs = resume.finished_epochs(folder)
+    epochs = resume.finished_epochs(folder / "metrics.jsonl")
     assert [epoch for epoch, _, _ in epochs] == [0, 1]
     summary = {"final/top1", "best/top1", "best/epoch"}
     assert run.data.metrics.keys() == {metric for _, _, results in epochs for metric in results} | summary
@@ -84,7 +84,7 @@ def lacks_nothing(client: MlflowClient, run: Run, uri: str) -> None:
     assert run.data.metrics["final/top1"] == epochs[-1][2]["test/top1"]
 
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert files == {"config.yaml", "command.txt", "last.pt", "best.pt"}
+    assert files == {"config.yaml", "command.txt", "last.pt", "best.pt", "metrics.jsonl"}
     for file in ("last.pt", "best.pt"):
         downloaded = checkpoint.find("checkpoint", f"runs:/{run.info.run_id}/{file}", uri)
         assert downloaded.parent != folder
