@@ -30,10 +30,12 @@ TIMEOUT = datetime.timedelta(minutes=10)
 # other before its message is out.
 PATIENCE = 20.0
 
+_stores: list[torch.distributed.Store] = []  # of this process's group, where a failure is noted
+
 
 def rank() -> int:
     """Which of the processes this is; rank 0 alone logs, prints and writes."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if ranks() > 1 else 0
 
 
 def ranks() -> int:
@@ -85,6 +87,7 @@ def process_group() -> Iterator[None]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank(), world_size=ranks(), timeout=TIMEOUT)
+    _stores.append(store)
     try:
         yield
     except Exception:
@@ -105,11 +108,9 @@ def note_failure(store: torch.distributed.Store) -> int:
 
 def another_failed() -> bool:
     """Whether another rank was the first to fail: what ends this one then is no signal from outside."""
-    if ranks() == 1:
+    if not _stores:
         return False
-    import torch.distributed as dist
-
-    store = dist.distributed_c10d._get_default_store()
+    store = _stores[-1]
     try:
         return store.check(["failed_rank"]) and int(store.get("failed_rank")) != rank()
     except (RuntimeError, ValueError):
@@ -160,7 +161,7 @@ def synchronise(step: nn.Module) -> nn.Module:
 
 def unsynchronised(step: nn.Module) -> AbstractContextManager[None]:
     """Within, gradients are added up on their rank and wait for the next synchronised backward pass."""
-    return step.no_sync() if ranks() > 1 else nullcontext()  # type: ignore[operator]
+    return getattr(step, "no_sync", nullcontext)()  # of what `synchronise` made
 
 
 def weight_of_share(images: int, device: torch.device) -> Tensor | float:

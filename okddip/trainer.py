@@ -102,6 +102,16 @@ class Trainer:
             raise ConfigError(f"trainer.resume={resume}: must be null, auto, a path or runs:/ID.")
         check_choice("trainer.precision", precision, ("auto", *PRECISIONS))
         check_choice("trainer.compile_mode", compile_mode, COMPILE_MODES)
+        if accumulate > 1 and sync_batch_norm:
+            raise ConfigError(
+                "trainer.accumulate, trainer.sync_batch_norm: do not go together; ranks would take a short"
+                " batch in different numbers of parts, and wait for each other."
+            )
+        if accumulate > 1 and compile and compile_mode in ("reduce-overhead", "max-autotune"):
+            raise ConfigError(
+                f"trainer.accumulate={accumulate}: does not go with trainer.compile_mode={compile_mode},"
+                " whose CUDA graphs write over the gradients of the part before. Use compile_mode=default."
+            )
         self.epochs = epochs
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

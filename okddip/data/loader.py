@@ -122,9 +122,9 @@ class TrainLoader(_Loader):
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [B, C, H, W] float32 and labels [B] of one epoch (counted from 0), on the device."""
-        place = self.images.device
-        shuffler = torch.Generator(place).manual_seed(seed_of(self.seed, epoch))
-        order = torch.randperm(self.size, generator=shuffler, device=place)
+        # on the CPU, wherever the images are: ranks of which one keeps them on its device agree on the order
+        shuffler = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        order = torch.randperm(self.size, generator=shuffler).to(self.images.device)
         drawer = torch.Generator(self.device)
         for step, indices in enumerate(order.split(self.batch_size)[: len(self)]):
             part = self.share.of(len(indices))
