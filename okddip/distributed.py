@@ -79,6 +79,11 @@ def process_group() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
+    # Its functions take the group that is there when it is first imported for a default argument. Were it
+    # this one (DistributedDataParallel imports it), gloo's threads would outlive destroy_process_group, and
+    # abort the process now and then, when the interpreter ends.
+    import torch.distributed.nn.functional
+
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     store, *_ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
