@@ -86,17 +86,18 @@ def begin(config: DictConfig, folder: Path) -> Iterator[Run]:
 def find(config: DictConfig, folder: Path) -> Found:
     """Find what `trainer.resume` names.
 
-    `auto` is the newest run with this very configuration among the neighbours of `folder`, if there is one;
-    what Slurm requeued or torchrun restarted resumes as with `auto`. Else a run is named by its folder, by
-    its `last.pt`, or as `runs:/ID`; and a checkpoint that lies in no run's folder by its path.
+    `auto` is the newest run with this very configuration among the neighbours of `folder`, if there is one.
+    Else a run is named by its folder, by its `last.pt`, or as `runs:/ID`; and a checkpoint that lies in no
+    run's folder by its path. What Slurm requeued or torchrun restarted goes on, before all that, with the run
+    that it began itself.
 
     Raises:
         ConfigError: there is no such run.
     """
     reference = config.trainer.resume
     restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-    if reference is None and any(count != "0" for count in restarts):
-        reference = "auto"
+    if any(count != "0" for count in restarts) and (begun := newest(config, folder, of_this_job=True)):
+        return Found(begun)
     if reference is None:
         return Found()
     if reference == "auto":
@@ -137,7 +138,7 @@ def new(config: DictConfig, folder: Path) -> Run:
     run = Run(folder)
     with checkpoint.writing(folder):
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was cut off before a checkpoint
-    note(run, identity=identity(config))
+    note(run, identity=identity(config), job=job())
     return run
 
 
@@ -158,7 +159,7 @@ def take_up(config: DictConfig, folder: Path, tracking_id: str | None) -> Run:
         for leftover in [*folder.glob("*.new"), *folder.glob("*.tmp")]:
             leftover.unlink()
     complete_metrics(run)
-    note(run, identity=identity(config))  # of a longer run, a new one
+    note(run, identity=identity(config), job=job())  # the identity of a longer run is a new one
     return run
 
 
@@ -229,14 +230,25 @@ def noted(folder: Path) -> dict[str, str]:
         return {}
 
 
-def newest(config: DictConfig, folder: Path) -> Path | None:
-    """The folder of the run last begun with this configuration, looking beside `folder`."""
+def job() -> str:
+    """What stays the same when Slurm requeues or torchrun restarts this process; empty for neither."""
+    if slurm := os.environ.get("SLURM_JOB_ID"):
+        return f"slurm {slurm}"
+    if torchrun := os.environ.get("TORCHELASTIC_RUN_ID"):
+        return f"torchrun {torchrun} {os.getppid()}"  # the name is "none" where the user gives none
+    return ""
+
+
+def newest(config: DictConfig, folder: Path, *, of_this_job: bool = False) -> Path | None:
+    """The folder of the run last begun with this configuration (in this job), looking beside `folder`."""
     # outputs/NAME/TIME has neighbours outputs/NAME/*; a job's multirun/TIME/JOB has multirun/*/*
     notes = {*folder.glob("run.json"), *folder.parent.glob("*/run.json")}
     if (folder.parent / "multirun.yaml").exists():
         notes |= {*folder.parent.parent.glob("*/*/run.json")}
     wanted = identity(config)
     same = [path for path in notes if identity_of(path.parent) == wanted]
+    if of_this_job:
+        same = [path for path in same if noted(path.parent).get("job") == job() != ""]
     return max(same, key=lambda path: path.stat().st_mtime).parent if same else None
 
 

@@ -222,14 +222,34 @@ def test_a_run_that_still_runs_is_not_taken_up(okddip: Okddip, tmp_path: Path) -
     assert "still running in another process" in answer.err
 
 
-def test_a_requeued_slurm_job_goes_on_by_itself(
-    okddip: Okddip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("job", "count"),
+    [("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")],
+)
+def test_what_is_started_again_goes_on_with_the_run_that_it_began(
+    okddip: Okddip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: str, count: str
 ) -> None:
+    assert okddip(*BARE, "trainer.epochs=1", "hydra.run.dir=elsewhere").code == 0
+    (tmp_path / "elsewhere" / "run.json").unlink()
+    command = (*BARE, "trainer.epochs=3")
+    from_copy = (*command, "trainer.resume=elsewhere/last.pt")
+    monkeypatch.setenv(job, "7")
     with monkeypatch.context() as patch:
-        cut_off(patch, epoch=1)
-        assert okddip(*SMALL, "tracking=none").code == 1
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert "goes on after epoch 1" in okddip(*SMALL, "tracking=none").out
+        cut_off(patch, epoch=2)
+        assert "goes on after epoch 1" in okddip(*from_copy, "hydra.run.dir=runs/first").out
+    monkeypatch.setenv(count, "1")
+    with monkeypatch.context() as patch:
+        cut_off(patch, epoch=2)
+        assert "goes on after epoch 2" in okddip(*from_copy, "hydra.run.dir=runs/second").out
+        assert "goes on after epoch 2" in okddip(*command, "hydra.run.dir=runs/third").out
+    monkeypatch.setenv(
+        job, "8"
+    )  # it was cut off before it began a run; the same run of another is not its own
+    cut_off(monkeypatch, epoch=0)
+    answer = okddip(*command, "hydra.run.dir=runs/fourth")
+    assert "goes on" not in answer.out
+    assert "the power went" in answer.err
+    assert [path.parent.name for path in tmp_path.glob("runs/*/last.pt")] == ["first"]
 
 
 @pytest.fixture(scope="session")
