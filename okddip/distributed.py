@@ -6,15 +6,17 @@ that the program can ask for its rank before it composes a configuration.
 
 from __future__ import annotations
 
+import collections
 import datetime
+import io
+import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Longer than rank 0 needs for what it does alone, such as decoding a data set; then a rank that hangs ends
-# the run.
+log = logging.getLogger(__name__)
+
+# Longer than a rank needs between two exchanges with the others, where it is not waited for without a limit
+# (`_wait_for`); then a rank that hangs ends the run.
 TIMEOUT = datetime.timedelta(minutes=10)
 
 # Seconds that a rank waits for its end when another has failed. If it left first, torchrun would end the
@@ -31,6 +35,8 @@ TIMEOUT = datetime.timedelta(minutes=10)
 PATIENCE = 20.0
 
 _stores: list[torch.distributed.Store] = []  # of this process's group, where a failure is noted
+_warnings: list[str] = []  # of this rank, since `pass_on_warnings`
+_awaited: collections.Counter[str] = collections.Counter()  # events of `_wait_for`
 
 
 def rank() -> int:
@@ -50,20 +56,24 @@ def local_rank() -> int:
 
 @contextmanager
 def rank_0_speaks() -> Iterator[None]:
-    """Until `process_group`, let rank 0 alone say what all would: help, or what is wrong with a command."""
+    """Until `process_group`, let rank 0 alone say what all would: help, or what is wrong with a command.
+
+    Of what is wrong on another rank only, that one speaks: torchrun would have ended it together with rank 0.
+    """
     if rank() == 0:
         yield
         return
-    with Path(os.devnull).open("w") as nowhere:
-        sys.stdout = sys.stderr = nowhere
-        try:
-            yield
-        except SystemExit as end:
-            if end.code != 0 and sys.stderr is nowhere:
-                time.sleep(PATIENCE)
-            raise
-        finally:
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    unsaid = io.StringIO()
+    sys.stdout = sys.stderr = unsaid
+    try:
+        yield
+    except SystemExit as end:
+        if end.code != 0 and sys.stderr is unsaid:
+            time.sleep(PATIENCE if local_rank() == 0 else 1.2 * PATIENCE)  # one for each machine
+            sys.__stderr__.write(unsaid.getvalue())  # type: ignore[union-attr]
+        raise
+    finally:
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 @contextmanager
@@ -93,6 +103,11 @@ def process_group() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank(), world_size=ranks(), timeout=TIMEOUT)
     _stores.append(store)
+    collector = WarningCollector(logging.WARNING)
+    program = logging.getLogger("okddip")
+    program.addHandler(collector)
+    if rank() > 0:
+        program.setLevel(logging.WARNING)
     try:
         yield
     except Exception:
@@ -100,6 +115,8 @@ def process_group() -> Iterator[None]:
             raise
         time.sleep(PATIENCE)
         raise SystemExit(1) from None
+    finally:
+        program.removeHandler(collector)
     dist.destroy_process_group()
 
 
@@ -129,9 +146,36 @@ def from_rank_0(function: Callable[[], T]) -> T:
     import torch
     import torch.distributed as dist
 
-    objects = [function() if rank() == 0 else None]
+    objects: list[Any] = [None]
+    if rank() == 0:
+        objects = [function()]
+        _stores[-1].add("rank_0", 1)
+    _wait_for("rank_0")
     dist.broadcast_object_list(objects, device=torch.device("cpu"))
-    return objects[0]  # type: ignore[return-value]
+    return objects[0]
+
+
+def pass_on_warnings() -> None:
+    """Let rank 0 log what other ranks have warned of since the last time, and it has not."""
+    if ranks() == 1:
+        return
+    import torch.distributed as dist
+
+    gathered: list[list[str]] = [[] for _ in range(ranks())]
+    dist.all_gather_object(gathered, _warnings)
+    if rank() == 0:
+        for other, messages in enumerate(gathered):
+            for message in messages:
+                if message not in gathered[0]:
+                    log.warning("Rank %d: %s", other, message)
+    _warnings.clear()
+
+
+class WarningCollector(logging.Handler):
+    """Keeps warnings for `pass_on_warnings`; ranks other than the first log nothing."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _warnings.append(record.getMessage())
 
 
 def no_bar() -> bool | None:
@@ -145,11 +189,18 @@ def first_on_this_machine() -> Iterator[None]:
     if ranks() == 1:
         yield
         return
+    import torch
+    import torch.distributed as dist
+
+    machines = torch.tensor(float(local_rank() == 0))
+    dist.all_reduce(machines)
     if local_rank() > 0:
-        _wait_for_all()
-    yield
-    if local_rank() == 0:
-        _wait_for_all()
+        _wait_for("first_of_machine", int(machines))
+        yield
+    else:
+        yield
+        _stores[-1].add("first_of_machine", 1)
+        _wait_for("first_of_machine", int(machines))
 
 
 def synchronise(step: nn.Module) -> nn.Module:
@@ -164,12 +215,17 @@ def synchronise(step: nn.Module) -> nn.Module:
         return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
+def is_synchronised(step: nn.Module) -> bool:
+    """Whether `synchronise` made it for several ranks."""
+    return hasattr(step, "no_sync")
+
+
 def unsynchronised(step: nn.Module) -> AbstractContextManager[None]:
     """Within, gradients are added up on their rank and wait for the next synchronised backward pass."""
-    return getattr(step, "no_sync", nullcontext)()  # of what `synchronise` made
+    return getattr(step, "no_sync", nullcontext)()
 
 
-def weight_of_share(images: int, device: torch.device) -> Tensor | float:
+def weight_of_share(images: int, device: torch.device) -> Tensor:
     """What the mean loss of this rank's images counts in the mean over ranks that `synchronise` takes.
 
     Args:
@@ -179,8 +235,6 @@ def weight_of_share(images: int, device: torch.device) -> Tensor | float:
     Returns:
         1 where all ranks have as many images, 0-dim.
     """
-    if ranks() == 1:
-        return 1.0
     import torch
     import torch.distributed as dist
 
@@ -212,8 +266,13 @@ def average_buffers(*modules: nn.Module) -> None:
                 buffer /= ranks()
 
 
-def _wait_for_all() -> None:
-    import torch
-    import torch.distributed as dist
+def _wait_for(event: str, times: int = 1) -> None:
+    """Wait for what other ranks announce so many times in the store, each time all ranks come here.
 
-    dist.all_reduce(torch.zeros(()))  # on the CPU; dist.barrier would take a CUDA device where there is one
+    However long: rank 0 may wait for a teacher that another process trains, or decode a large data set.
+    """
+    _awaited[event] += times
+    while _stores[-1].add(event, 0) < _awaited[event]:
+        if another_failed():
+            raise RuntimeError("Another rank has failed.")
+        time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 from conftest import Answer
 from PIL import Image
 
-from okddip import checkpoint
+from okddip import checkpoint, distributed
 from okddip.data.loader import Share
 
 Okddip = Callable[..., Answer]
@@ -216,6 +217,90 @@ def test_streamed_images_that_a_rank_leaves_out_hold_no_other_up(images: Path) -
     )
     assert answer.code == 0, answer.err
     assert "epoch 2/2" in answer.out
+    assert answer.out.count("cat/3.jpg: is no image") == 2  # once an epoch, whichever rank had it
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_first_without_a_limit(tmp_path: Path) -> None:
+    """As for a teacher that another process trains, or for a large data set that is decoded."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import datetime
+import time
+from okddip import distributed
+distributed.TIMEOUT = datetime.timedelta(seconds=8)
+with distributed.process_group():
+    found = distributed.from_rank_0(lambda: time.sleep(10) or "teacher")
+    with distributed.first_on_this_machine():
+        time.sleep(10 if distributed.rank() == 0 else 0)
+    print(distributed.rank(), distributed.from_rank_0(lambda: "and") and found, flush=True)
+"""
+    )
+    process = torchrun(2, str(script))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert sorted(out.splitlines()) == ["0 teacher", "1 teacher"]
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_another_rank_alone_is_said(tmp_path: Path) -> None:
+    """Its machine lacks a package, say."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import sys
+from okddip import distributed
+from okddip.main import cli
+distributed.PATIENCE = 4
+if distributed.rank() == 1:
+    sys.argv.append("trainer.batchsize=96")
+cli()
+"""
+    )
+    process = torchrun(2, str(script), *SMALL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.count("Could not override 'trainer.batchsize'") == 1, err
+
+
+@pytest.mark.slow
+def test_two_machines_train_one_group(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={machine}"),
+                *("--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=1"),
+                *("-m", "okddip.main", *SMALL, "trainer.epochs=2"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for machine in range(2)
+    ]
+    said = [machine.communicate(timeout=240) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert ["epoch 2/2" in out for out, _ in said] == [True, False]
+    assert epochs_done(tmp_path) == 2
+    [tracked] = tracked_runs(tmp_path)
+    assert tracked.info.status == "FINISHED"
+
+
+def test_a_failure_elsewhere_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    assert not distributed.another_failed()
+    monkeypatch.setattr(distributed, "_stores", [store])
+    assert not distributed.another_failed()
+    assert distributed.note_failure(store) == 0
+    assert not distributed.another_failed()  # it was this rank
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert distributed.another_failed()
+    assert distributed.note_failure(store) == 0
 
 
 @pytest.mark.slow
