@@ -43,13 +43,17 @@ class Bench:
         device, channels_last = self.trainer.device, self.trainer.channels_last
         self.trainer.set_backend_flags()
         self.network = network(self.trainer, self.group)
-        self.train_forward: nn.Module = self.trainer.forward_step(self.group, self.method, diversity=False)
+        share = Share(distributed.rank(), distributed.ranks())
+        self.train_forward: nn.Module = self.trainer.forward_step(
+            self.group, self.method, self.trainer.train_images(parts.dataset, share), diversity=False
+        )
         if synchronised:
             self.train_forward = distributed.synchronise(self.train_forward)
-        self.eval_forward = self.trainer.forward_step(self.group, self.method, diversity=True)
+        self.eval_forward = self.trainer.forward_step(
+            self.group, self.method, self.trainer.eval_images(parts.dataset, share), diversity=True
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.trainer.precision == "fp16")
         self.ramp = torch.ones((), device=device)
-        share = Share(distributed.rank(), distributed.ranks())
         loader = parts.dataset.train_loader(self.trainer.batch_size, device, 0, channels_last, share)
         self.train_batches = endless(loader.batches)
         self.eval_loader = parts.dataset.eval_loader(

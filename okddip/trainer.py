@@ -174,8 +174,10 @@ class Trainer:
         self.set_backend_flags()
         rank = distributed.rank()
         share = Share(rank, distributed.ranks())
-        train_step = distributed.synchronise(self.forward_step(group, method, diversity=False))
-        eval_step = self.forward_step(group, method, diversity=True)
+        train_step = distributed.synchronise(
+            self.forward_step(group, method, self.train_images(dataset, share), diversity=False)
+        )
+        eval_step = self.forward_step(group, method, self.eval_images(dataset, share), diversity=True)
         loader = dataset.train_loader(self.batch_size, self.device, seed, self.channels_last, share)
         eval_loaders = {
             split: dataset.eval_loader(split, self.eval_batch_size, self.device, self.channels_last, share)
@@ -222,6 +224,7 @@ class Trainer:
                     refuse_broken_losses(sums, epoch)
                     read = metrics.read(sums, method)
                     results |= {f"{split}/{name}": value for name, value in read.items()}
+            distributed.pass_on_warnings()
             timestamp_ms, results = reported.get(epoch, (time.time_ns() // 1_000_000, results))
             score = f"{judge}/top1"
             if score in results:
@@ -247,11 +250,24 @@ class Trainer:
                 log_expected_end(started, self.epochs - 1 - epoch)
         return history
 
-    def forward_step(self, group: PeerGroup, method: Method, *, diversity: bool) -> "ForwardStep":
-        """The forward pass, the losses and the metrics of one batch."""
+    def train_images(self, dataset: Dataset, share: Share) -> int:
+        """How many images go through the network at once in training, those of short batches aside."""
+        images = share.size(min(self.batch_size, dataset.sizes["train"]))
+        return -(-images // parts_of(images, self.accumulate))
+
+    def eval_images(self, dataset: Dataset, share: Share) -> int:
+        """The same of an evaluation."""
+        evaluated = max(size for split, size in dataset.sizes.items() if split != "train")
+        return share.size(min(self.eval_batch_size, evaluated))
+
+    def forward_step(
+        self, group: PeerGroup, method: Method, images: int, *, diversity: bool
+    ) -> "ForwardStep":
+        """The forward pass, the losses and the metrics of one batch, which has so many images if full."""
         return ForwardStep(
             group,
             method,
+            images=images,
             device=self.device.type,
             dtype=PRECISIONS[self.precision],
             auxiliary=method.auxiliary if diversity else None,
@@ -311,9 +327,8 @@ class Trainer:
         Returns:
             Sums over the share.
         """
-        # parts of two images at least: batch norm cannot normalise a single value
-        parts = max(1, min(self.accumulate, len(labels) // 2))
-        if parts == 1 and distributed.ranks() == 1:
+        parts = parts_of(len(labels), self.accumulate)
+        if parts == 1 and not distributed.is_synchronised(step):
             loss, sums = step(images, labels, ramp)
             scaler.scale(loss).backward()
         else:
@@ -340,11 +355,13 @@ class Trainer:
 
         Each part's mean loss is weighted by its images, so that the gradient is that of the whole batch.
         """
-        weight = distributed.weight_of_share(len(labels), self.device) / max(len(labels), 1)
+        weight: Tensor | float = 1 / max(len(labels), 1)
+        if distributed.is_synchronised(step):
+            weight = weight * distributed.weight_of_share(len(labels), self.device)
         chunks = list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
         sums = None
         for number, (some_images, some_labels) in enumerate(chunks, 1):
-            with nullcontext() if number == parts else distributed.unsynchronised(step):
+            with distributed.unsynchronised(step) if number < parts else nullcontext():
                 loss, chunk_sums = step(some_images, some_labels, ramp)
                 scaler.scale(loss * (weight * len(some_labels))).backward()
             sums = metrics.accumulate(sums, chunk_sums)
@@ -416,6 +433,8 @@ class ForwardStep(nn.Module):
 
     Args:
         group, method: whose parameters are learned.
+        images: of a full batch. Another, such as the last one of an epoch, runs uncompiled rather than being
+            compiled for its size.
         device, dtype: of autocast; no dtype for none.
         auxiliary: see `metrics.count`.
         compile_mode: None for not compiled.
@@ -426,6 +445,7 @@ class ForwardStep(nn.Module):
         group: PeerGroup,
         method: Method,
         *,
+        images: int,
         device: str,
         dtype: torch.dtype | None,
         auxiliary: int | None,
@@ -438,23 +458,25 @@ class ForwardStep(nn.Module):
         self.dtype = dtype
         self.auxiliary = auxiliary
         self.compiled = compile_mode and torch.compile(self.step, mode=compile_mode, dynamic=False)
-        self.full_batch = 0
+        self.images = images
 
     def forward(self, images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
-        """Map images [B, C, H, W], labels [B] and ramp 0-dim to the loss, 0-dim, and sums over the batch.
-
-        A batch smaller than the first, the last one of an epoch, runs uncompiled rather than being compiled
-        for its size.
-        """
-        self.full_batch = self.full_batch or len(images)
-        step = self.compiled if self.compiled and len(images) == self.full_batch else self.step
+        """Map images [B, C, H, W], labels [B] and ramp 0-dim to the loss, 0-dim, and sums over the batch."""
+        step = self.compiled if self.compiled and 0 < len(images) == self.images else self.step
         return step(images, labels, ramp)
 
     def step(self, images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
-        with torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None):
+        # without images SyncBatchNorm sends zeros of its input's type, where the other ranks send fp32
+        autocast = self.dtype is not None and len(images) > 0
+        with torch.autocast(self.device, dtype=self.dtype, enabled=autocast):
             output = self.group(images)
         losses = self.method(output, labels, ramp)
         return losses.total, metrics.count(losses, labels, self.auxiliary)
+
+
+def parts_of(images: int, accumulate: int) -> int:
+    """In how many parts images are taken: of two at least, as batch norm cannot normalise a single value."""
+    return max(1, min(accumulate, images // 2))
 
 
 def find_device(name: str) -> torch.device:

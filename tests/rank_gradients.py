@@ -45,11 +45,11 @@ def gradients(overrides: list[str]) -> list[tuple[float, dict[str, Tensor]]]:
     parts.optimizer.register_step_pre_hook(
         lambda *_: taken.append({name: parameter.grad.clone() for name, parameter in named.items()})
     )
-    step = distributed.synchronise(trainer.forward_step(group, method, diversity=False))
+    share = Share(distributed.rank(), distributed.ranks())
+    images = trainer.train_images(parts.dataset, share)
+    step = distributed.synchronise(trainer.forward_step(group, method, images, diversity=False))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loader = parts.dataset.train_loader(
-        trainer.batch_size, trainer.device, 0, share=Share(distributed.rank(), distributed.ranks())
-    )
+    loader = parts.dataset.train_loader(trainer.batch_size, trainer.device, 0, share=share)
     losses = []
     for images, labels in loader.batches(0):
         sums = trainer.train_step(step, parts.optimizer, scaler, images, labels, torch.tensor(0.5))

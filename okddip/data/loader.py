@@ -39,6 +39,10 @@ class Share(NamedTuple):
         first, end = (min(rank, sharing) * size // sharing for rank in (self.rank, self.rank + 1))
         return slice(first, end)
 
+    def size(self, size: int) -> int:
+        """How many images the part of a batch of `size` has."""
+        return len(range(size)[self.of(size)])
+
 
 ALL = Share()
 
