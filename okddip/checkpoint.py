@@ -208,7 +208,7 @@ def find(key: str, reference: str, tracking_uri: str | None) -> Path:
         tracking_uri: the MLflow store in which to look for runs; None: there is none.
 
     Raises:
-        ConfigError: there is no such file or run.
+        ConfigError: there is no such file or run, or the store does not answer.
     """
     if not reference.startswith("runs:/"):
         path = Path(reference).expanduser()
@@ -221,8 +221,9 @@ def find(key: str, reference: str, tracking_uri: str | None) -> Path:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    from okddip.tracking import absolute
+    from okddip.tracking import absolute, open_store
 
+    open_store(tracking_uri)
     run_id, _, name = reference.removeprefix("runs:/").partition("/")
     try:
         return Path(

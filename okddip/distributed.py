@@ -68,7 +68,7 @@ def rank_0_speaks() -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        if end.code != 0 and sys.stderr is unsaid:
+        if end.code and sys.stderr is unsaid:
             time.sleep(PATIENCE if local_rank() == 0 else 1.2 * PATIENCE)  # one for each machine
             sys.__stderr__.write(unsaid.getvalue())  # type: ignore[union-attr]
         raise

@@ -335,8 +335,7 @@ def report(sweep: Sweep, parent: str, finished_before: list[str]) -> None:
         finished_before: IDs of the runs that were not trained again; they may be of another sweep.
     """
     from okddip.report import make
-    from okddip.report.runs import open_store
-    from okddip.tracking import MLflow
+    from okddip.tracking import MLflow, open_store
 
     assert isinstance(sweep.tracker, MLflow)
     try:

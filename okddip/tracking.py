@@ -471,6 +471,28 @@ class NoTracking:
         """There is nothing to end."""
 
 
+def open_store(uri: str) -> "mlflow.MlflowClient":
+    """A client of a store that exists and answers.
+
+    Raises:
+        ConfigError: names the address; within 10 s.
+    """
+    if uri.startswith("sqlite:"):
+        from sqlalchemy.engine import make_url
+
+        file = Path(make_url(uri).database or "").absolute()
+        if not file.is_file():
+            raise ConfigError(
+                f"tracking.uri={uri}: there is no such store, {file} is no file. Start in the directory in"
+                " which the runs were started, or name their store."
+            )
+        uri = absolute(uri)
+    # each store has the experiment "Default"; to open the one that is searched would create it
+    store = MLflow(uri, "Default")
+    store.open()
+    return store._client
+
+
 def absolute(uri: str) -> str:
     """A store's URI with a SQLite file's path made absolute.
 

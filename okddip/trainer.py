@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,8 @@ class Trainer:
             }
             start = time.perf_counter()
             batches = self.progress(loader.batches(epoch), len(loader), f"epoch {epoch + 1}/{self.epochs}")
-            sums = self.train_epoch(group, method, train_step, optimizer, scaler, batches, ramp, epoch)
+            with self.within_memory():
+                sums = self.train_epoch(group, method, train_step, optimizer, scaler, batches, ramp, epoch)
             distributed.average_buffers(group, method)
             read = metrics.read(sums, method)  # waits for the device
             results["train/images_per_second"] = int(sums["images"]) / (time.perf_counter() - start)
@@ -220,7 +221,8 @@ class Trainer:
             if is_last or (epoch + 1) % self.eval_every == 0:
                 for split, eval_loader in eval_loaders.items():
                     batches = self.progress(eval_loader.batches(epoch), len(eval_loader), split)
-                    sums = self.evaluate(group, method, eval_step, batches, ramp)
+                    with self.within_memory():
+                        sums = self.evaluate(group, method, eval_step, batches, ramp)
                     refuse_broken_losses(sums, epoch)
                     read = metrics.read(sums, method)
                     results |= {f"{split}/{name}": value for name, value in read.items()}
@@ -392,6 +394,23 @@ class Trainer:
             raise ConfigError("A split has no image that can be read, so there is nothing to evaluate on.")
         distributed.sum_over_ranks(sums)
         return sums
+
+    @contextmanager
+    def within_memory(self) -> Iterator[None]:
+        """Name the settings that decide how much memory a batch takes, where there is not enough.
+
+        Raises:
+            ConfigError: the device's memory is full.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"trainer.batch_size={self.batch_size}, trainer.eval_batch_size={self.eval_batch_size}: the"
+                f" memory of {self.device} is full ({str(error).partition('. ')[0]}). Take smaller batches,"
+                f" trainer.accumulate={2 * self.accumulate} for the same updates in smaller parts, or"
+                " trainer.precision=bf16."
+            ) from error
 
     def set_backend_flags(self) -> None:
         """Set what PyTorch keeps for the whole process, so that a run before this one leaves no trace."""

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,18 @@ def test_what_cannot_be_written_is_named(okddip: Okddip, name: str) -> None:
     assert answer.code == 1
     assert "evaluation: evaluation.json, confusion.png and confusion.pdf cannot be written (" in answer.err
     assert "Traceback" not in answer.err
+
+
+def test_a_server_that_does_not_answer_is_named_at_once(okddip: Okddip) -> None:
+    with socket.socket() as silent:  # takes connections and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        answer = okddip(*EVALUATE, "checkpoint=runs:/1234", f"tracking.uri={uri}")
+    assert answer.code == 1
+    assert f"tracking.uri={uri}: this store cannot be opened" in answer.err
+    assert time.monotonic() - started < 60  # MLflow itself tries for minutes
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def builds_or_is_refused(configured: Callable[..., DictConfig], drawn: list[str]
 
 
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,

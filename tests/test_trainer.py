@@ -110,6 +110,16 @@ def test_batch_norm_gets_fp32_where_a_rank_has_no_image(parts: BuildParts) -> No
     assert types[0] == {torch.float32}
 
 
+def test_a_device_whose_memory_is_full_is_named(parts: BuildParts) -> None:
+    trainer = parts("trainer.batch_size=8").trainer
+    with pytest.raises(ConfigError) as refused, trainer.within_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert str(refused.value).startswith(
+        "trainer.batch_size=8, trainer.eval_batch_size=256: the memory of cpu is full (CUDA out of memory)."
+        " Take smaller batches, trainer.accumulate=2"
+    )
+
+
 @pytest.mark.parametrize("method", ["one", "okddip"])
 def test_every_batch_norm_can_be_synchronised(parts: BuildParts, method: str) -> None:
     built = parts(f"method={method}", "method.peers=3")

@@ -2,12 +2,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from okddip import resume
 from okddip.errors import ConfigError
-from okddip.tracking import MLflow, absolute
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -16,29 +14,6 @@ if TYPE_CHECKING:
 PAGE = 1000  # runs that the store sends at once
 NEEDED = {"method", "seed", "trainer.epochs"}  # params of a training run
 OTHER_TASKS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
-
-
-def open_store(uri: str) -> "MlflowClient":
-    """A client of a store that exists and answers.
-
-    Raises:
-        ConfigError: names the address; within 10 s.
-    """
-    if uri.startswith("sqlite:"):
-        from sqlalchemy.engine import make_url
-
-        file = Path(make_url(uri).database or "").absolute()
-        if not file.is_file():
-            raise ConfigError(
-                f"tracking.uri={uri}: there is no such store, {file} is no file. Start in the directory in"
-                " which the runs were started, or name their store."
-            )
-        uri = absolute(uri)
-    # Each store has the experiment "Default"; to open the one that is searched would create it.
-    MLflow(uri, "Default").open()
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(uri)
 
 
 def find(

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from okddip.errors import ConfigError
 from okddip.report import command, figures, runs, tables
 from okddip.report.compare import compare
-from okddip.tracking import MAX_TAG_LENGTH
+from okddip.tracking import MAX_TAG_LENGTH, open_store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -38,7 +38,7 @@ def report(config: DictConfig, build: Callable[[DictConfig], "Parts"]) -> None:
         raise ConfigError(
             "task=report: reads runs from an MLflow store; set tracking=mlflow and tracking.uri."
         )
-    client = runs.open_store(uri)
+    client = open_store(uri)
     if asked.run is not None:
         print(command.reproduce(client, str(asked.run)))
         return

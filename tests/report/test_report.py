@@ -16,7 +16,7 @@ from report_store import EPOCHS, add_runs
 
 from okddip.report import figures, make, runs
 from okddip.report.compare import compare
-from okddip.tracking import MLflow
+from okddip.tracking import MLflow, open_store
 
 Okddip = Callable[..., Answer]
 KINDS = {
@@ -52,14 +52,14 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def folder(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report on all of them."""
-    client = runs.open_store(uri)
+    client = open_store(uri)
     return make(client, runs.find(client, uri, "compare"), tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture
 def drawn(uri: str) -> Iterator[dict[str, Figure]]:
     """The figures of CIFAR-10, to look into."""
-    client = runs.open_store(uri)
+    client = open_store(uri)
     chosen, _ = runs.comparable(runs.find(client, uri, "compare"))
     cifar10, _ = compare(chosen)
 
@@ -171,7 +171,7 @@ def test_attention_has_a_matrix_for_each_seed_and_chosen_epoch(drawn: dict[str, 
 
 def test_drawing_leaves_the_settings_of_matplotlib_as_they_were(uri: str, tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    client = runs.open_store(uri)
+    client = open_store(uri)
     make(client, runs.find(client, uri, "compare", where="tags.method = 'dml'"), tmp_path)
     assert dict(matplotlib.rcParams) == before
 
