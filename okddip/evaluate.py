@@ -53,7 +53,12 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
     """
     settled = ("method", "methods", "model", "optimizer", "scheduler", "experiment", "ablation", "seed")
     chosen = chosen_keys("evaluate", settled)
+    from okddip.main import (
+        check_targets,
+    )  # main knows the tasks, and this one what main makes of a checkpoint
+
     path, state = open_checkpoint(config)
+    check_targets(OmegaConf.create(state["config"]))
     settings = evaluation_settings(config, chosen, state)
     parts = build(settings)
     check_images(settings, state, parts)
@@ -93,7 +98,9 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
             "confusion": {"predictor": shown, "counts": matrix.tolist()},  # a row a true class
         }
         try:
-            (folder / "evaluation.json").write_text(json.dumps(report, ensure_ascii=False) + "\n")
+            (folder / "evaluation.json").write_text(
+                json.dumps(report, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             draw_confusion(matrix, state["classes"], f"{settings.options.dataset}, {shown}", folder)
         except OSError as error:
             raise ConfigError(

@@ -10,10 +10,10 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
@@ -23,8 +23,8 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.utils import get_method, instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from hydra.utils import get_method, get_object, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from okddip import distributed, sweep
@@ -254,6 +254,7 @@ def restore(state: dict[str, Any]) -> tuple[PeerGroup, Method]:
     from okddip.models.group import PeerGroup
 
     config = OmegaConf.create(state["config"])
+    check_targets(config)
     make_backbone = partial(
         make, "model", config.model, num_classes=len(state["classes"]), in_channels=state["channels"]
     )
@@ -268,6 +269,63 @@ def restore(state: dict[str, Any]) -> tuple[PeerGroup, Method]:
     group = PeerGroup(make_backbone, method.peers, method.structure, method.rescale)
     checkpoint.restore(state, group=group, method=method)
     return group, method
+
+
+def check_targets(config: DictConfig) -> None:
+    """See that what a checkpoint's configuration names as its parts are such parts, before they are called.
+
+    Anybody may have written the file, and Hydra would call whatever it names.
+
+    Raises:
+        ConfigError: something else is named.
+    """
+    import torch
+
+    from okddip.data.dataset import Dataset
+    from okddip.data.sources import Source
+    from okddip.data.streaming import StreamingDataset
+    from okddip.methods.base import Method
+    from okddip.models.backbone import Backbone
+    from okddip.schedules import Schedule
+    from okddip.trainer import Trainer
+
+    kinds: dict[str, tuple[Any, ...]] = {
+        "model": (Backbone,),
+        "method": (Method,),
+        "dataset": (Dataset, StreamingDataset),
+        "dataset.source": (Source,),
+        "optimizer": (torch.optim.Optimizer,),
+        "scheduler": (Schedule,),
+        "trainer": (Trainer,),
+    }
+    for key, target in targets(config):
+        allowed = kinds.get(key, ())
+        try:
+            named = get_object(str(target))
+            made = named if isinstance(named, type) else get_type_hints(named).get("return")
+        except Exception:  # of whatever module is imported for it
+            made = None
+        classes = tuple(kind for kind in allowed if isinstance(kind, type))
+        if made not in allowed and not (isinstance(made, type) and issubclass(made, classes)):
+            names = " or ".join(getattr(kind, "__name__", "Schedule") for kind in allowed)
+            what = f"a subclass of {names} or a function annotated to return one" if allowed else "absent"
+            raise ConfigError(
+                f"{key}._target_={target}: is what the checkpoint would have called, and may be anything. It"
+                f" must be {what}."
+            )
+
+
+def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every `_target_` in a configuration, with the key that it stands under."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield key, node["_target_"]
+        for name, value in node.items():
+            if f"{key}.{name!s}" not in (".task", ".tracking"):  # the command has its own
+                yield from targets(value, f"{key}.{name!s}".lstrip("."))
+    elif isinstance(node, ListConfig):
+        for index, value in enumerate(node):
+            yield from targets(value, f"{key}.{index}")
 
 
 def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -> Backbone:
