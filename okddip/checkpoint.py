@@ -38,9 +38,8 @@ def save(state: dict[str, Any], folder: Path, *, best: bool) -> None:
             write(last.with_suffix(".new"), lambda file: torch.save(state, file))
             if last.exists():
                 link(last, folder / "previous.pt")
-            if (
-                best
-            ):  # before `last.pt`: cut off between them, the epoch is trained again, to the same weights
+            # the best before the last: cut off between them, the epoch is trained again, to the same weights
+            if best:
                 link(last.with_suffix(".new"), folder / "best.pt")
             last.with_suffix(".new").replace(last)
             sync_folder(folder)
@@ -102,7 +101,7 @@ def append_line(path: Path, line: str) -> None:
     """
     with writing(path):
         new = not path.exists()
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -176,6 +175,7 @@ def load_last(folder: Path) -> dict[str, Any]:
         log.warning("%s Taking %s, of the epoch before.", error, previous)
         state = load(previous, keys)
         with writing(path):
+            path.replace(folder / "damaged.pt")  # it may only have been unreadable at this moment
             previous.replace(path)  # or the next checkpoint would put the damaged one in its place
             sync_folder(folder)
         return state
@@ -232,8 +232,8 @@ def find(key: str, reference: str, tracking_uri: str | None) -> Path:
     except (MlflowException, OSError) as error:
         raise ConfigError(
             f"{key}={reference}: {tracking_uri} has no such run with a checkpoint"
-            f" ({str(error).splitlines()[0]}). Runs with tracking.checkpoints=false have none;"
-            " name the file instead."
+            f" ({str(error).splitlines()[0]}). Runs that were cut off, and those with"
+            " tracking.checkpoints=false, have none there; name the file instead."
         ) from error
 
 

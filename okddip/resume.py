@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from okddip import checkpoint, sweep
 from okddip.checkpoint import KEYS, TRAINING_KEYS
-from okddip.errors import ConfigError
+from okddip.data.dataset import Dataset
+from okddip.errors import ConfigError, check_number
 from okddip.tracking import MLflow, NoTracking, absolute, flatten
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def begin(config: DictConfig, folder: Path) -> Iterator[Run]:
     Raises:
         ConfigError: there is no such run, it was made with other settings, or it is still running.
     """
+    check_number("trainer.epochs", config.trainer.epochs, minimum=1, integer=True)
     found = find(config, folder)
     with lock(found.folder or folder):
         if found.folder is not None:
@@ -95,6 +97,8 @@ def find(config: DictConfig, folder: Path) -> Found:
         ConfigError: there is no such run.
     """
     reference = config.trainer.resume
+    if reference is not None and not (isinstance(reference, str) and reference):
+        raise ConfigError(f"trainer.resume={reference}: must be null, auto, a path or runs:/ID.")
     restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     if any(count != "0" for count in restarts) and (begun := newest(config, folder, of_this_job=True)):
         return Found(begun)
@@ -219,7 +223,7 @@ def noted(folder: Path) -> dict[str, str]:
     """What a run's `run.json` says; nothing if it is damaged."""
     path = folder / "run.json"
     try:
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict):
             raise ValueError("no JSON object")
         return {key: value for key, value in facts.items() if isinstance(value, str)}
@@ -346,9 +350,38 @@ def refuse_other_settings(config: DictConfig, state: dict[str, Any], place: Path
         )
 
 
+def refuse_other_data(run: Run, dataset: Dataset, digests: Mapping[str, str]) -> None:
+    """Refuse to go on with other images than those that the checkpoint has learned from.
+
+    Args:
+        run: which may have just begun.
+        dataset: of the configuration.
+        digests: of its splits.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    if run.state is None:
+        return
+    theirs = {"classes": run.state["classes"], **run.state.get("digests", digests)}
+    ours = {"classes": list(dataset.classes), **digests}
+    if different := [name for name in ours if theirs.get(name) != ours[name]]:
+        root = run.state["config"]["dataset"].get("root")
+        raise ConfigError(
+            f"{run.folder}: this run was trained on other data ({', '.join(different)} differ; its"
+            f" dataset.root is {root}, with classes {shortened(theirs['classes'])}; here they are"
+            f" {shortened(ours['classes'])}), so going on would mix two runs. Name the data set that it was"
+            " begun with, or begin a new run: leave trainer.resume out, and change name= where it is auto."
+        )
+
+
+def shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def finished_epochs(path: Path) -> list[tuple[int, int, dict[str, float]]]:
     """Epoch, time (milliseconds since 1970) and metrics of each line of a `metrics.jsonl`."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     finished = []
     for line in lines:
         try:
@@ -381,9 +414,13 @@ def complete_metrics(run: Run) -> None:
     write_metrics(run, sorted(finished, key=lambda line: line[0]))
 
 
-def how_to_go_on() -> str:
-    """What goes on with the run of this process."""
+def how_to_go_on(reference: str = "auto") -> str:
+    """What goes on with the run of this process.
+
+    Args:
+        reference: for `trainer.resume`.
+    """
     if sweep.is_job():
         return "The command of its sweep, given again, goes on with it."
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("trainer.resume=")]
-    return f"Go on with: {shlex.join(['okddip', *arguments, 'trainer.resume=auto'])}"
+    return f"Go on with: {shlex.join(['okddip', *arguments, f'trainer.resume={reference}'])}"

@@ -3,8 +3,8 @@
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -54,9 +54,14 @@ def train(
         Top-1 of the primary predictor after the last epoch, in percent.
     """
     folder = teacher_folder or Path(HydraConfig.get().runtime.output_dir)
-    parting = nullcontext() if teacher_folder else how_to_go_on()
-    with parting, stop_on_signals(), begin_together(config, folder) as run:
+    parting: AbstractContextManager[list[resume.Run]] = (
+        nullcontext([]) if teacher_folder else how_to_go_on(config)
+    )
+    with parting as begun, stop_on_signals(), begin_together(config, folder) as run:
+        begun.append(run)
         parts = build(config)
+        digests = {split: parts.dataset.digest(split) for split in parts.dataset.sizes}
+        resume.refuse_other_data(run, parts.dataset, digests)
         settings = cast(dict[str, Any], OmegaConf.to_container(config))
         describe(config, parts, run)
         with concluded(parts.tracker):
@@ -82,7 +87,7 @@ def train(
             )
             if tracking_id:
                 resume.note(run, tracking_id=tracking_id, store=tracking.public(config.tracking.uri))
-                parts.tracker.log_datasets(splits_of(config, parts.dataset))
+                parts.tracker.log_datasets(splits_of(config, parts.dataset, digests))
             parts.tracker.watch_system()
             finished = resume.finished_epochs(run.folder / "metrics.jsonl")
             for epoch, timestamp_ms, results in finished:
@@ -104,6 +109,7 @@ def train(
                     "image_size": list(parts.dataset.image_size),
                     "mean": list(parts.dataset.mean),
                     "std": list(parts.dataset.std),
+                    "digests": digests,
                 },
                 state=run.state,
                 reported={epoch: (timestamp_ms, results) for epoch, timestamp_ms, results in finished},
@@ -156,14 +162,18 @@ def concluded(tracker: tracking.MLflow | tracking.NoTracking) -> Iterator[None]:
 
 
 @contextmanager
-def how_to_go_on() -> Iterator[None]:
-    """Say so, as the last line, if the run is stopped."""
+def how_to_go_on(config: DictConfig) -> Iterator[list[resume.Run]]:
+    """Say so, as the last line, if the run is stopped; it belongs into the list when it has begun."""
+    begun: list[resume.Run] = []
     try:
-        yield
+        yield begun
     except Exception:
         raise
     except BaseException:
-        log.info("Stopped. %s", resume.how_to_go_on())
+        reference = config.trainer.resume or "auto"
+        if reference != "auto" and begun:  # may have been begun elsewhere, or from a copy
+            reference = str(begun[0].folder.absolute())
+        log.info("Stopped. %s", resume.how_to_go_on(reference))
         raise
 
 
@@ -189,12 +199,14 @@ def is_implied(key: str, value: str) -> bool:
     return name == "_partial_"
 
 
-def splits_of(config: DictConfig, dataset: Dataset) -> dict[str, tracking.DatasetSplit]:
+def splits_of(
+    config: DictConfig, dataset: Dataset, digests: Mapping[str, str]
+) -> dict[str, tracking.DatasetSplit]:
     """The splits of a data set for MLflow's own field."""
     root = config.dataset.get("source", config.dataset).get("root")
     place = dataset.name if root is None else str(Path(root).expanduser().absolute())
     return {
-        split: tracking.DatasetSplit(dataset.name, dataset.digest(split), place, size)
+        split: tracking.DatasetSplit(dataset.name, digests[split], place, size)
         for split, size in dataset.sizes.items()
     }
 

@@ -203,6 +203,67 @@ def test_a_loss_that_is_not_finite_in_an_evaluation_leaves_no_checkpoint(
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
+def test_an_epoch_that_ruins_the_weights_leaves_no_checkpoint_without_an_evaluation_too(
+    okddip: Okddip, tmp_path: Path
+) -> None:
+    small = ("dataset=digits", "model=resnet8", "method=baseline", "tracking=none", "hydra.run.dir=run")
+    answer = okddip(
+        *small,
+        *("trainer.epochs=8", "trainer.limit_batches=1", "trainer.eval_every=8", "optimizer.lr=0.01"),
+        *("scheduler.milestones=[2]", "scheduler.gamma=1e38"),
+    )
+    assert answer.code == 1
+    assert "Epoch 3: loss, hard_loss is not finite" in answer.err
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 1
+
+
+def folders_of_images(root: Path, *classes: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for number in range(8):
+                pixels = rng.integers(256, size=(16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"), [("pixels", "train, test differ"), ("classes", "with classes cat, dog; here")]
+)
+def test_a_run_does_not_go_on_with_other_images(
+    okddip: Okddip, tmp_path: Path, other: str, words: str
+) -> None:
+    folders_of_images(tmp_path / "first", "cat", "dog", seed=0)
+    folders_of_images(tmp_path / "pixels", "cat", "dog", seed=1)
+    folders_of_images(tmp_path / "classes", "dog", "zebra", seed=0)
+    small = ("dataset=image_folder", "model=resnet8", "method=baseline", "trainer.batch_size=8")
+    small = (*small, "tracking=none", "hydra.run.dir=run")
+    assert okddip(*small, "dataset.root=first", "trainer.epochs=1").code == 0
+    answer = okddip(*small, f"dataset.root={other}", "trainer.epochs=2", "trainer.resume=run")
+    assert answer.code == 1
+    assert words in answer.err
+    (tmp_path / "first").rename(tmp_path / "moved")
+    answer = okddip(*small, "dataset.root=moved", "trainer.epochs=2", "trainer.resume=run")
+    assert "goes on after epoch 1" in answer.out
+
+
+@pytest.mark.parametrize("value", ["5", "true", "[]"])
+def test_a_reference_that_is_no_text_is_refused_by_name(okddip: Okddip, value: str) -> None:
+    answer = okddip(*BARE, f"trainer.resume={value}")
+    assert answer.code == 1
+    assert ": must be null, auto, a path or runs:/ID." in answer.err
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("value", ["2.5", "null"])
+def test_a_length_that_is_no_number_is_refused_by_name(okddip: Okddip, value: str) -> None:
+    assert okddip(*BARE, "hydra.run.dir=run", "trainer.epochs=1").code == 0
+    answer = okddip(*BARE, f"trainer.epochs={value}", "trainer.resume=run")
+    assert answer.code == 1
+    assert ": must be a whole number at least 1" in answer.err
+    assert "Traceback" not in answer.err
+
+
 def test_a_run_that_began_without_tracking_goes_on_with_it(okddip: Okddip, tmp_path: Path) -> None:
     assert okddip(*SMALL, "tracking=none", "hydra.run.dir=run").code == 0
     answer = okddip(*SMALL, "hydra.run.dir=run", "trainer.resume=auto")
