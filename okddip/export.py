@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 
 import okddip
@@ -71,6 +71,8 @@ def export(config: DictConfig, build: Callable[..., Any]) -> str:
         "seed",
     )
     chosen_keys("export", settled)
+    if not isinstance(config.get("export"), DictConfig):
+        raise ConfigError("export: is not in the configuration. See conf/task/export.yaml.")
     names = check_formats(config.export.formats)
     out = config.export.out or f"{HydraConfig.get().runtime.output_dir}/export"
     folder = Path(str(out)).expanduser()
@@ -113,7 +115,7 @@ def check_formats(names: Any) -> list[str]:
     Raises:
         ConfigError: a format that does not exist, or one whose packages are not installed.
     """
-    if isinstance(names, str) or not names:
+    if not isinstance(names, list | tuple | ListConfig) or not names:
         raise ConfigError(f"export.formats={names}: must be a list of {', '.join(FORMATS)}.")
     for name in names:
         check_choice("export.formats", name, FORMATS)
@@ -159,7 +161,9 @@ def write(classifier: Classifier, description: dict[str, Any], names: list[str],
         OSError: a file cannot be written; names it.
         RuntimeError: an answer differs by more than `TOLERANCE`.
     """
-    (folder / "model.json").write_text(json.dumps(description, ensure_ascii=False, indent=2) + "\n")
+    (folder / "model.json").write_text(
+        json.dumps(description, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+    )
     pixels = example_pixels(3, classifier.preprocessing)
     with torch.inference_mode():
         images = classifier.normalize(pixels)
@@ -175,6 +179,11 @@ def write(classifier: Classifier, description: dict[str, Any], names: list[str],
                 raise OSError(error.errno, f"{form.file}: {error.strerror or error}") from error
             answer = form.run(path, pixels, images)
         truth = expected[form.gives]
+        if not truth.isfinite().all():
+            raise ConfigError(
+                f"checkpoint: this network answers with {form.gives} that are not finite: its training has"
+                " failed. Name another checkpoint, such as previous.pt or best.pt beside it."
+            )
         difference = (answer - truth).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, truth.abs().max().item()):
             raise RuntimeError(f"{form.file} gives other {form.gives} than PyTorch, by {difference:.1e}")
@@ -272,7 +281,7 @@ def write_mlflow(classifier: Classifier, description: dict[str, Any], path: Path
         program = Path(temporary) / "program.pt2"
         save_program(export_program(classifier, pixels, "pixels"), program)
         notes = Path(temporary) / "model.json"
-        notes.write_text(json.dumps(description, ensure_ascii=False, indent=2) + "\n")
+        notes.write_text(json.dumps(description, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         mlflow.pyfunc.save_model(
             path,
             python_model=str(Path(__file__).with_name("serving.py")),

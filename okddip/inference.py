@@ -88,6 +88,8 @@ class Preprocessing:
                 )
             return torch.tensor(images) if isinstance(images, np.ndarray) else images
         several = [images] if isinstance(images, str | Path | Image.Image) else list(images)
+        if not several:
+            return torch.empty(0, *self.image_size, self.channels, dtype=torch.uint8)
         return torch.stack([self._pixels_of_one(image) for image in several])
 
     def _pixels_of_one(self, image: str | Path | Image.Image) -> Tensor:
@@ -170,7 +172,7 @@ def load(folder: str | Path) -> Classifier:
         raise ConfigError(f"Loading needs {error.name}: pip install 'okddip[export]'") from error
     folder = Path(folder).expanduser()
     try:
-        description = json.loads((folder / "model.json").read_text())
+        description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
         network = build_network(description)
         network.load_state_dict(weights)

@@ -21,7 +21,9 @@ class ServedNetwork(PythonModel):
     def load_context(self, context: Any) -> None:
         """Load the program, uint8 [N, H, W, C] to probabilities [N, K], and the names of the classes."""
         self.program = torch.export.load(context.artifacts["program"]).module()
-        self.classes = json.loads(Path(context.artifacts["description"]).read_text())["classes"]
+        self.classes = json.loads(Path(context.artifacts["description"]).read_text(encoding="utf-8"))[
+            "classes"
+        ]
 
     def predict(
         self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None

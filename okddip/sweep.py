@@ -223,7 +223,7 @@ def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[
     except Exception as error:
         outcome.kind, outcome.reason = "failed", f"{type(error).__name__}: {error}"
         log.exception("Failed:")
-    (folder / "outcome.json").write_text(json.dumps(asdict(outcome), indent=1) + "\n")
+    (folder / "outcome.json").write_text(json.dumps(asdict(outcome), indent=1) + "\n", encoding="utf-8")
     return value
 
 
@@ -319,7 +319,7 @@ def outcomes_in(folder: Path) -> list[Outcome]:
     for hydra in folder.glob("*/.hydra"):
         path = hydra.parent / "outcome.json"
         if path.exists():
-            outcomes.append(Outcome(**json.loads(path.read_text())))
+            outcomes.append(Outcome(**json.loads(path.read_text(encoding="utf-8"))))
             continue
         about = OmegaConf.load(hydra / "hydra.yaml").hydra
         reason = f"its process ended before its time; see {hydra.parent}"
@@ -343,7 +343,7 @@ def report(sweep: Sweep, parent: str, finished_before: list[str]) -> None:
         runs = {run.info.run_id: run for run in sweep.tracker.find({"mlflow.parentRunId": parent})}
         runs |= {run_id: client.get_run(run_id) for run_id in finished_before if run_id not in runs}
         folder = make(client, list(runs.values()), sweep.folder / "report", parent)
-        print((folder / "table.txt").read_text())
+        print((folder / "table.txt").read_text(encoding="utf-8"))
         print(f"Tables and figures: {folder}")
     except Exception as error:  # the runs are whole without it, and `okddip task=report` makes it again
         log.warning("There is no report on this sweep: %s", error)

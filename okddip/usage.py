@@ -63,5 +63,5 @@ def config_folders(arguments: Sequence[str]) -> list[Path]:
 
 def first_comment(path: Path) -> str:
     """The first line of an option file that is for readers."""
-    comments = (line[2:] for line in path.read_text().splitlines() if line.startswith("# "))
+    comments = (line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
     return next((comment for comment in comments if not comment.startswith("@")), "")

@@ -55,7 +55,7 @@ def reproduce(client: "MlflowClient", run_id: str) -> str:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for one small file
     try:
         with tempfile.TemporaryDirectory() as folder:
-            text = Path(client.download_artifacts(run_id, "config.yaml", folder)).read_text()
+            text = Path(client.download_artifacts(run_id, "config.yaml", folder)).read_text(encoding="utf-8")
     except (MlflowException, OSError):
         known = f" It was started with: {typed}" if typed else ""
         raise ConfigError(f"report.run={run_id}: this run keeps no config.yaml.{known}") from None

@@ -65,7 +65,7 @@ def source_text(source: str) -> str:
 
 @cache
 def read(file: str) -> list[dict[str, str]]:
-    with (HERE / file).open(newline="") as lines:
+    with (HERE / file).open(newline="", encoding="utf-8") as lines:
         return list(csv.DictReader(lines))
 
 

@@ -22,15 +22,19 @@ def write(comparisons: Sequence[Comparison], left_out: str, folder: Path) -> Non
         remarks.append(f"Results on different data sets cannot be compared: a table for each of {names}.")
 
     paragraphs = [f"{title(c)}\n\n{text(table)}\n\n" + "\n".join(below) for c, table, below in tables]
-    (folder / "table.txt").write_text("\n\n".join([*paragraphs, *remarks]) + "\n")
+    (folder / "table.txt").write_text("\n\n".join([*paragraphs, *remarks]) + "\n", encoding="utf-8")
     paragraphs = [
         f"**{title(c)}**\n\n{markdown(table)}\n\n" + "\n".join(f"- {markdown_safe(line)}" for line in below)
         for c, table, below in tables
     ]
-    (folder / "table.md").write_text("\n\n".join([*paragraphs, *map(markdown_safe, remarks)]) + "\n")
+    (folder / "table.md").write_text(
+        "\n\n".join([*paragraphs, *map(markdown_safe, remarks)]) + "\n", encoding="utf-8"
+    )
     blocks = [latex(table, title(c), below) for c, table, below in tables]
     comments = ["\\usepackage{booktabs} in the preamble", *remarks]
-    (folder / "table.tex").write_text("\n".join([*(f"% {line}" for line in comments), *blocks]))
+    (folder / "table.tex").write_text(
+        "\n".join([*(f"% {line}" for line in comments), *blocks]), encoding="utf-8"
+    )
     numbers = [{"dataset": c.dataset, **full_precision(group)} for c in comparisons for group in c.groups]
     pd.DataFrame(numbers).to_csv(folder / "table.csv", index=False)
 

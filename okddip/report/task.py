@@ -45,7 +45,7 @@ def report(config: DictConfig, build: Callable[[DictConfig], "Parts"]) -> None:
     found = runs.find(client, uri, config.tracking.experiment, asked.sweep, asked.where)
     folder = Path(asked.out or Path(HydraConfig.get().runtime.output_dir) / "report")
     make(client, found, folder)
-    print((folder / "table.txt").read_text())
+    print((folder / "table.txt").read_text(encoding="utf-8"))
     print(f"Tables and figures: {folder}")
 
 
@@ -87,7 +87,7 @@ def make(
 def describe(client: "MlflowClient", run_id: str, folder: Path) -> None:
     """Show the report that a run has as artifacts in its description too, below what stands there."""
     note = client.get_run(run_id).data.tags.get(NOTE, "").partition(HEADING)[0]
-    table = (folder / "table.md").read_text()
+    table = (folder / "table.md").read_text(encoding="utf-8")
     figures = [
         f"![{path.stem}](get-artifact?path=report/{path.name}&run_uuid={run_id})"
         for path in sorted(folder.glob("*.png"))
