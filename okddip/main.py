@@ -157,6 +157,8 @@ def check(config: DictConfig) -> None:
         if not isinstance(section, DictConfig) or name not in section:
             raise ConfigError(f"{key}: is not in the configuration, and no run does without it.")
     check_number("seed", config.seed, minimum=0, integer=True)
+    if not isinstance(config.name, str) or not config.name.strip():
+        raise ConfigError(f"name={config.name}: must be text, the run's name.")
 
 
 def build(config: DictConfig) -> Parts:

@@ -111,6 +111,7 @@ def test_a_failing_run_is_marked_failed(okddip: Okddip, tmp_path: Path) -> None:
         (["optimizer.momentum=much"], "optimizer: "),
         (["scheduler.milestones=[225,150]"], "scheduler.milestones=[225, 150]: must ascend"),
         (["seed=-1"], "seed=-1"),
+        (["name=null"], "name=None: must be text"),
         (["seed=99999999999999999999"], "seed=99999999999999999999: must be a whole number"),
         (["experiment=null"], "experiment=null: must be an option of conf/experiment"),
         (["method=[0.5]"], "method=[0.5]: must be an option of conf/method"),
