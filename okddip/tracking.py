@@ -37,8 +37,8 @@ OPEN_SECONDS = 6.0  # until a store that does not answer is given up
 LOCK_SECONDS = 120.0  # for other processes that open the same new store; seconds each
 SEND_SECONDS = 0.8  # what an epoch waits for one answer; at most two are waited for
 RETRY_SECONDS = 10.0  # how long a store that does not answer is left alone
-UPLOAD_SECONDS = 60.0  # a server may store a large file before it answers
-FINISH_SECONDS = 60.0  # for all that is unsent at the end, as long as the store answers
+UPLOAD_SECONDS = 120.0  # a server may store a large file before it answers
+FINISH_SECONDS = 60.0  # for all that is unsent at the end, as long as the store answers; for files as well
 KILL_SECONDS = 3.0  # the same where the run is killed
 
 MOST_FILES = 10  # named in a tag
@@ -57,7 +57,6 @@ ALLOWED_URIS = (
 class Request(NamedTuple):
     what: str
     send: Callable[[], object]
-    upload: bool  # of a file, which may take long
 
 
 class DatasetSplit(NamedTuple):
@@ -90,8 +89,11 @@ class MLflow:
         self._client: mlflow.tracking.MlflowClient
         self._experiment_id = ""
         self._unsent: deque[Request] = deque()
+        self._uploads: deque[Request] = deque()  # of files, for which nothing else waits
         self._away = False
         self._retry_at = 0.0
+        self._upload_at = 0.0
+        self._uploads_failed = False
         self._killed = False
         self._monitor: SystemMetricsMonitor | None = None
 
@@ -219,7 +221,8 @@ class MLflow:
             changed = {key: value for key, value in flat.items() if logged.get(key, value) != value}
             self.set_tags({**tags, **{f"resumed.{key}": value for key, value in changed.items()}})
         for file, text in (("config.yaml", config_yaml), ("command.txt", command + "\n")):
-            self._send(file, partial(self._client.log_text, self.run_id, text, file), upload=True)
+            self._uploads.append(Request(file, partial(self._client.log_text, self.run_id, text, file)))
+        self._flush_uploads(SEND_SECONDS)
         return self.run_id
 
     def _create_run(self, name: str, tags: dict[str, str]) -> str:
@@ -264,7 +267,12 @@ class MLflow:
         Raises:
             ConfigError: the store does not answer any more.
         """
-        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        # MLflow's filters cannot say a value with both kinds of quotes; what they do not say is compared here
+        sayable = {key: value for key, value in tags.items() if not {"'", '"'} <= set(value)}
+        wanted = " and ".join(
+            f"tags.`{key}` = " + (f'"{value}"' if "'" in value else f"'{value}'")
+            for key, value in sayable.items()
+        )
         found: list[mlflow.entities.Run] = []
         page_token: str | None = None
         while True:
@@ -279,7 +287,7 @@ class MLflow:
                 page = self._call(OPEN_SECONDS, search)
             except Exception as error:
                 raise self._cannot_open(error) from error
-            found += page
+            found += [run for run in page if tags.items() <= run.data.tags.items()]
             page_token = page.token
             if not page_token:
                 return found
@@ -301,7 +309,8 @@ class MLflow:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a file to the run's artifacts, there into `folder`. The only call that may wait long."""
         upload = partial(self._client.log_artifact, self.run_id, str(path), folder)
-        self._send(path.name, upload, upload=True)
+        self._uploads.append(Request(path.name, upload))
+        self._flush_uploads(UPLOAD_SECONDS)
 
     def log_datasets(self, splits: Mapping[str, DatasetSplit]) -> None:
         """Name what the run works on in MLflow's own field, by what it is for: `train`, `val` or `test`."""
@@ -369,26 +378,59 @@ class MLflow:
         if not self.run_id:
             return
         self._unwatch_system()
-        end = partial(self._client.set_terminated, self.run_id, status, end_time=_now())
-        self._unsent.append(Request("status", end, upload=False))
+        end = Request("status", partial(self._client.set_terminated, self.run_id, status, end_time=_now()))
         if status == "KILLED":
             self._killed = True
-            self._unsent = deque(request for request in self._unsent if not request.upload)
-            self._flush(KILL_SECONDS, KILL_SECONDS)
+            self._uploads.clear()
         else:
             self._flush(FINISH_SECONDS, OPEN_SECONDS)
-        if self._unsent:
-            missing = ", ".join(dict.fromkeys(request.what for request in self._unsent))
+            if not self._away:
+                self._flush_uploads(UPLOAD_SECONDS)
+        away = self._away and not self._killed  # it was waited for just now
+        self._unsent.append(end)
+        if not away:  # whatever has become of the files
+            self._flush(*((KILL_SECONDS,) * 2 if self._killed else (FINISH_SECONDS, OPEN_SECONDS)))
+        if lacking := [*self._unsent, *self._uploads]:
+            missing = ", ".join(dict.fromkeys(request.what for request in lacking))
             logger.warning(
                 "MLflow at %s does not answer: its run %s lacks %s.", self.uri, self.run_id, missing
             )
             self._unsent.clear()
+            self._uploads.clear()
 
-    def _send(self, what: str, send: Callable[[], object], upload: bool = False) -> None:
+    def _send(self, what: str, send: Callable[[], object]) -> None:
         """Send a request after those that are unsent, unless the store was found away a moment ago."""
-        self._unsent.append(Request(what, send, upload))
-        if time.monotonic() >= self._retry_at:
+        self._unsent.append(Request(what, send))
+        started = time.monotonic()
+        if started >= self._retry_at:
             self._flush(SEND_SECONDS, SEND_SECONDS)
+            if not self._unsent and time.monotonic() - started < SEND_SECONDS / 2:
+                self._flush_uploads(SEND_SECONDS)
+
+    def _flush_uploads(self, seconds: float) -> None:
+        """Send files, unless the store, or where it keeps files, was found away a moment ago.
+
+        Each gets so many seconds; after FINISH_SECONDS no other is begun.
+        """
+        end = time.monotonic() + FINISH_SECONDS
+        while self._uploads and max(self._upload_at, self._retry_at) <= time.monotonic() < end:
+            request = self._uploads[0]
+            try:
+                # a store that does not answer gets no time for an upload
+                self._call(min(seconds, OPEN_SECONDS), partial(self._client.get_run, self.run_id))
+                self._call(seconds, request.send)
+            except Exception as error:
+                if _may_pass(error):
+                    if not (self._uploads_failed or self._away):
+                        logger.warning(
+                            "MLflow at %s does not take %s (%s). Training goes on; what it lacks is kept, and"
+                            " sent at the end.",
+                            *(self.uri, request.what, _first_line(error)),
+                        )
+                    self._uploads_failed, self._upload_at = True, time.monotonic() + RETRY_SECONDS
+                    return
+                logger.warning("MLflow at %s refuses %s: %s", self.uri, request.what, _first_line(error))
+            self._uploads.popleft()
 
     def _flush(self, patience: float, answer: float) -> None:
         """Send what is unsent, in order; what the store does not answer stays.
@@ -399,9 +441,7 @@ class MLflow:
         while self._unsent and time.monotonic() < end:
             request = self._unsent[0]
             try:
-                if self._away or request.upload:  # a store that does not answer gets no time for an upload
-                    self._call(answer, partial(self._client.get_run, self.run_id))
-                self._call(UPLOAD_SECONDS if request.upload else answer, request.send)
+                self._call(answer, request.send)
             except Exception as error:
                 if _may_pass(error):
                     if not self._away:

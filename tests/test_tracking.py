@@ -1,5 +1,6 @@
 """Runs in real MLflow stores: a SQLite file made once for this file, and servers started for a test."""
 
+import http.server
 import inspect
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -138,6 +140,14 @@ def test_a_metric_sent_again_with_its_timestamp_is_not_doubled(tracker: MLflow) 
     for _ in range(2):
         tracker.log({"train/loss": 0.5}, epoch=7, timestamp_ms=1_700_000_000_000)
     assert history(tracker, "train/loss") == [(7, 0.5, 1_700_000_000_000)]
+
+
+@pytest.mark.parametrize("folder", ["/tmp/it's", '/tmp/12" disk', """/tmp/it's 12" wide"""])
+def test_a_run_is_found_by_a_tag_with_quotes(tracker: MLflow, folder: str) -> None:
+    start(tracker)
+    tracker.set_tags({"folder": folder})
+    assert [run.info.run_id for run in tracker.find({"folder": folder})] == [tracker.run_id]
+    assert tracker.find({"folder": folder + "'"}) == []
 
 
 def test_files_become_artifacts(tracker: MLflow, tmp_path: Path) -> None:
@@ -477,6 +487,74 @@ def mlflow_server(folder: Path, port: int, *options: str) -> Iterator[subprocess
         os.killpg(server.pid, signal.SIGCONT)
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+@contextmanager
+def without_artifacts(server: int) -> Iterator[int]:
+    """The port of a proxy of a server, whose store of artifacts takes no file and says nothing."""
+    stop = threading.Event()
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.command == "PUT" and "mlflow-artifacts" in self.path:
+                stop.wait(600)
+                return
+            url = f"http://127.0.0.1:{server}{self.path}"
+            headers = {"Content-Type": self.headers.get("Content-Type") or "application/json"}
+            request = urllib.request.Request(url, body or None, headers, method=self.command)
+            try:
+                with urllib.request.urlopen(request) as answer:
+                    status, said = answer.status, answer.read()
+            except urllib.error.HTTPError as error:
+                status, said = error.code, error.read()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_any
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        try:
+            yield proxy.server_address[1]
+        finally:
+            stop.set()
+            proxy.shutdown()
+
+
+@pytest.mark.slow
+def test_files_that_hang_hold_up_neither_epochs_nor_the_end_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "UPLOAD_SECONDS", 5)
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.1)
+    (tmp_path / "last.pt").write_bytes(b"weights")
+    port = free_port()
+    served = ("--artifacts-destination", str(tmp_path / "artifacts"), "--serve-artifacts")
+    with mlflow_server(tmp_path, port, *served), without_artifacts(port) as behind:
+        tracker = MLflow(f"http://127.0.0.1:{behind}", "hanging")
+        tracker.open()
+        start(tracker)
+        waited = []
+        for epoch in range(3):
+            time.sleep(0.2)
+            before = time.monotonic()
+            tracker.log({"train/loss": 1.0}, epoch)
+            waited.append(time.monotonic() - before)
+        tracker.log_artifact(tmp_path / "last.pt")
+        tracker.finish("FINISHED")
+        run = tracker._client.get_run(tracker.run_id)
+        assert run.info.status == "FINISHED"
+        assert len(tracker._client.get_metric_history(tracker.run_id, "train/loss")) == 3
+    assert max(waited) < 5  # two answers of a second at most, on a machine that does other things too
+    assert caplog.text.count("does not take config.yaml") == 1
+    assert "lacks config.yaml, command.txt, last.pt" in caplog.text
 
 
 @pytest.mark.slow
