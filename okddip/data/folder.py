@@ -6,6 +6,8 @@ import math
 import os
 import sys
 import tempfile
+import threading
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,6 +59,13 @@ def scan(root: Path, splits: Sequence[str]) -> Listing:
                 raise ConfigError(f"{entry.path}: cannot be read ({error.strerror}).") from error
             if not is_folder:
                 raise ConfigError(f"{entry.path}: is no folder; images belong into {root / split}/CLASS/.")
+            try:
+                entry.name.encode()
+            except UnicodeEncodeError:  # reports and exported networks could not name it
+                name = ascii(os.fsencode(entry.name))
+                raise ConfigError(
+                    f"{root / split}: the class {name} has a name that is no UTF-8; rename it."
+                ) from None
         classes[split] = sorted(entry.name for entry in found)
         if not found:
             raise ConfigError(f"{root / split}: is empty; expected {root / split}/CLASS/* with images.")
@@ -80,7 +89,7 @@ def scan(root: Path, splits: Sequence[str]) -> Listing:
                     f"{root / split / name}: is empty; every class needs an image in every split."
                 )
             for entry in found:
-                digest.update(os.fsencode(entry.path) + _stamp(entry))
+                digest.update(os.fsencode(f"{split}/{name}/{entry.name}") + _stamp(entry))
             files[split].extend(entry.path for entry in found)
             counts.append(len(found))
         labels[split] = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
@@ -218,9 +227,12 @@ def decode(files: Sequence[str], size: tuple[int, int] | None, channels: int, de
     first = read(files[0])
     check_memory(description, (len(files), *first.shape))
     images = np.empty((len(files), *first.shape), dtype=np.uint8)
+    stop = threading.Event()
 
     def fill(start: int) -> int:
         for index, path in enumerate(files[start : start + CHUNK], start):
+            if stop.is_set():
+                break
             image = read(path)
             if image.shape != first.shape:
                 raise ConfigError(
@@ -244,7 +256,8 @@ def decode(files: Sequence[str], size: tuple[int, int] | None, channels: int, de
         try:
             for done in pool.map(fill, range(0, len(files), CHUNK)):
                 bar.update(done)
-        except ConfigError:
+        except BaseException:  # a signal too: Slurm waits half a minute for the end
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
     return torch.from_numpy(images)
@@ -285,6 +298,9 @@ def decode_cached(
 
 def _load(path: Path, stamp: str) -> dict[str, Tensor] | None:
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
         cached = torch.load(path, mmap=True, weights_only=True)
     except FileNotFoundError:
         return None
@@ -301,6 +317,8 @@ def _save(path: Path, content: dict[str, Any]) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
             temporary = Path(file.name)
             torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)  # whole or not at all, also when several runs decode at once
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         if temporary is not None:

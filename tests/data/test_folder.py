@@ -2,6 +2,8 @@
 
 import os
 import random
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -103,14 +105,20 @@ def test_each_set_of_options_has_a_cache_of_its_own(root: Path, monkeypatch: pyt
     assert paths == []
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "zeros"])
 def test_a_damaged_cache_is_made_anew(root: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     first = load(root)
     (cache,) = (root.parent / "cache").iterdir()
     content = cache.read_bytes()
     cache.write_bytes(
-        {"truncated": content[: len(content) // 2], "garbage": b"no cache" * 99, "empty": b""}[damage]
+        {
+            "truncated": content[: len(content) // 2],
+            "garbage": b"no cache" * 99,
+            "empty": b"",
+            "zeros": content.replace(first.train.images[0].numpy().tobytes(), bytes(8 * 8 * 3)),
+        }[damage]
     )
+    assert cache.read_bytes() != content
     assert torch.equal(load(root).train.images, first.train.images)
     assert "decoding the images again" in caplog.text
     assert len(cache.read_bytes()) == len(content)
@@ -265,6 +273,41 @@ def test_class_names_may_have_spaces_and_any_script(root: Path) -> None:
     source = load(root)
     assert source.classes == tuple(sorted(("cat", "dog", *names)))
     assert len(source.test.labels) == 7
+
+
+def test_a_class_name_that_is_no_text_is_refused(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / os.fsdecode(b"caf\xe9")).mkdir()
+    with pytest.raises(ConfigError, match=r"the class b'caf\\xe9' has a name that is no UTF-8; rename it"):
+        load(root)
+
+
+def test_a_folder_is_known_by_another_path_to_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(root)
+    paths = decoded(monkeypatch)
+    monkeypatch.chdir(root)
+    image_folder("../images", str(root.parent / "cache"))
+    assert paths == []
+
+
+def test_a_signal_breaks_decoding_off_at_the_next_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread has many files to decode, which takes minutes where they are large photos."""
+    for number in range(100):
+        picture(seed=number).save(root / "train" / "cat" / f"more{number}.png")
+    read = folder.read_image
+    paths: list[str] = []
+
+    def interrupted(path: str, channels: int) -> Image.Image:
+        paths.append(path)
+        if len(paths) == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        return read(path, channels)
+
+    monkeypatch.setattr(folder, "read_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(root)
+    assert len(paths) < 50
 
 
 def test_a_class_may_have_one_image(root: Path) -> None:
