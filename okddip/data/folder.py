@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # what Pillow may recognise; its other readers are slow, rare or start other programs
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-CACHE_VERSION = 1  # raise when decoding changes: older caches are then decoded anew
+CACHE_VERSION = 2  # raise when decoding changes: older caches are then decoded anew
 SMALL = 64 * 64  # pixels
 MOST_ELONGATED = 16  # of the sides of an image that is scaled whole
 CHUNK = 256  # files a thread decodes at a time
@@ -164,6 +164,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("grey values outside 0 to 65535")
+    values[values == image.info.get("transparency", -1)] = 0  # 8 bits would take in its neighbours
     return Image.fromarray((values // 257).astype(np.uint8))
 
 

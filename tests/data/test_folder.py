@@ -230,6 +230,13 @@ def test_a_palette_with_a_transparent_colour_is_laid_on_black(tmp_path: Path) ->
     assert np.asarray(read_image(str(tmp_path / "image.png")))[0].tolist() == [list(BLUE), [0, 0, 0]]
 
 
+def test_16_bit_grey_with_a_transparent_value_is_laid_on_black(tmp_path: Path) -> None:
+    values = np.array([[257 * 200, 257 * 200 + 1, 257 * 3]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "image.png", transparency=257 * 200)
+    pixels = np.asarray(read_image(str(tmp_path / "image.png"), channels=1))
+    assert pixels[0].tolist() == [0, 200, 3]
+
+
 def test_cmyk_jpegs_are_converted(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "image.jpg")
     assert np.asarray(read_image(str(tmp_path / "image.jpg"))).min() >= 254
