@@ -131,13 +131,18 @@ def read_image(path: str, channels: int = 3) -> Image.Image:
             return convert(file, channels)
     except Image.UnidentifiedImageError as error:
         raise ConfigError(
-            f"{path}: is no image, or its beginning is damaged (known formats: {', '.join(FORMATS)}); remove "
-            f"or replace it."
+            f"{printable(path)}: is no image, or its beginning is damaged (known formats:"
+            f" {', '.join(FORMATS)}); remove or replace it."
         ) from error
     except (
         Exception
     ) as error:  # damaged files make Pillow's readers raise SyntaxError, struct.error, zlib.error...
-        raise ConfigError(f"{path}: cannot be decoded ({error}); remove or replace it.") from error
+        raise ConfigError(f"{printable(path)}: cannot be decoded ({error}); remove or replace it.") from error
+
+
+def printable(path: str) -> str:
+    """A path for messages: log files, in UTF-8, cannot hold every name."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset as MapDataset
 from torchvision.transforms import v2
 
 from okddip.data.augment import Normalization, normalization, normalize
-from okddip.data.folder import read_image, scale_and_crop, scan
+from okddip.data.folder import printable, read_image, scale_and_crop, scan
 from okddip.data.loader import ALL, Share, batch_seed, seed_of
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
@@ -316,7 +316,8 @@ class _Samples(MapDataset):
         except ConfigError as error:
             return str(error)
         except (OSError, ValueError, MemoryError) as error:
-            return f"{path}: cannot be scaled ({str(error) or 'out of memory'}); remove or replace it."
+            reason = str(error) or "out of memory"
+            return f"{printable(path)}: cannot be scaled ({reason}); remove or replace it."
         return torch.from_numpy(pixels.copy()), int(self.files.labels[draw.image])
 
 

@@ -457,6 +457,14 @@ def test_a_bad_file_is_refused_by_name(root: Path, kind: str, monkeypatch: pytes
         load(root, image_size=8)
 
 
+def test_a_bad_file_whose_name_is_not_utf8_can_be_logged(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    Path(path).write_text("no image")
+    with pytest.raises(ConfigError, match=r"/caf\\xe9\.png: is no image") as refusal:
+        read_image(path)
+    str(refusal.value).encode()
+
+
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about what it can still read
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".tif", ".webp", ".ppm"])
 def test_damage_of_any_kind_is_either_read_or_refused(tmp_path: Path, suffix: str) -> None:
