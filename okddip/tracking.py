@@ -102,8 +102,10 @@ class MLflow:
 
         Raises:
             ConfigError: the store cannot be opened; within 10 s, where MLflow itself tries for minutes. Or
-                system metrics are wanted, and what measures them is not installed.
+                a switch is neither on nor off, or system metrics are wanted, and what measures them is not
+                installed.
         """
+        check_choice("tracking.checkpoints", self.checkpoints, (True, False))
         check_choice("tracking.system_metrics", self.system_metrics, (True, False))
         if self.system_metrics and find_spec("psutil") is None:
             raise ConfigError(

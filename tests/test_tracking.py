@@ -667,6 +667,14 @@ def test_system_metrics_are_off_unless_asked_for(tracker: MLflow) -> None:
     assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
 
 
+@pytest.mark.parametrize("switch", ["checkpoints", "system_metrics"])
+def test_a_switch_that_is_neither_on_nor_off_is_refused(tmp_path: Path, switch: str) -> None:
+    switches: Any = {switch: "maybe"}
+    with pytest.raises(ConfigError, match=rf"tracking\.{switch}=maybe"):
+        MLflow(f"sqlite:///{tmp_path}/mlflow.db", "first", **switches).open()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_system_metrics_without_what_measures_them_are_refused(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
