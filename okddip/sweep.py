@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import traceback
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
 log = logging.getLogger(__name__)
 
 # reach the jobs under any launcher
-NAME, PARENT_RUN = "OKDDIP_SWEEP", "OKDDIP_PARENT_RUN"
+NAME, PARENT_RUN, START = "OKDDIP_SWEEP", "OKDDIP_PARENT_RUN", "OKDDIP_SWEEP_START"
 
 TRAIN = "okddip.tasks.train"
 
@@ -64,6 +65,7 @@ class Outcome:
     kind: str  # finished, finished before, skipped, failed, cut off
     reason: str = ""
     run_id: str = ""  # of the MLflow run that finished before
+    start: str = ""  # of the sweep: it may have been started more than once, and others in its folder
 
 
 # Hydra hands nothing from its callbacks to the console command.
@@ -108,6 +110,7 @@ def begin(config: DictConfig) -> Sweep:
             swept[key] = value
     name = config.hydra.runtime.choices.get("multirun_presets") or " x ".join(swept) or "sweep"
     sweep = Sweep(name, Path(config.hydra.sweep.dir).absolute(), None)
+    os.environ[START] = uuid.uuid4().hex
     if config.task._target_ != TRAIN:
         return sweep
 
@@ -196,8 +199,16 @@ def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[
     Returns:
         What the task returns; minus infinity if it failed or was skipped.
     """
-    outcome = Outcome(HydraConfig.get().job.num, list(HydraConfig.get().overrides.task), "finished")
     folder = Path(HydraConfig.get().runtime.output_dir)
+    outcome = Outcome(
+        HydraConfig.get().job.num,
+        list(HydraConfig.get().overrides.task),
+        "cut off",
+        f"its process ended before its time; see {folder}",
+        start=os.environ.get(START, ""),
+    )
+    write(outcome, folder)
+    outcome.kind, outcome.reason = "finished", ""
     value: Any = NO_RESULT
     try:
         check(config)
@@ -223,8 +234,15 @@ def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[
     except Exception as error:
         outcome.kind, outcome.reason = "failed", f"{type(error).__name__}: {error}"
         log.exception("Failed:")
-    (folder / "outcome.json").write_text(json.dumps(asdict(outcome), indent=1) + "\n", encoding="utf-8")
+    write(outcome, folder)
     return value
+
+
+def write(outcome: Outcome, folder: Path) -> None:
+    """Write down what became of a job, in one step."""
+    file = folder / "outcome.new"
+    file.write_text(json.dumps(asdict(outcome), indent=1) + "\n", encoding="utf-8")
+    file.replace(folder / "outcome.json")
 
 
 @contextmanager
@@ -283,11 +301,12 @@ def end(error: BaseException | None = None) -> bool:
     sweep, _begun = _begun, None
     os.environ.pop(NAME, None)
     parent = os.environ.pop(PARENT_RUN, "")
+    start = os.environ.pop(START, "")
     if sweep is None:
         return True
-    outcomes = outcomes_in(sweep.folder)
+    outcomes = outcomes_in(sweep.folder, start)
     kinds = Counter(outcome.kind for outcome in outcomes)
-    nothing_ran = bool(outcomes) and kinds["skipped"] == len(outcomes)
+    nothing_ran = kinds["skipped"] == len(outcomes)
     good = error is None and not kinds["failed"] and not kinds["cut off"] and not nothing_ran
     stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code != 1)
     if sweep.tracker is not None:
@@ -313,18 +332,14 @@ def end(error: BaseException | None = None) -> bool:
     return good
 
 
-def outcomes_in(folder: Path) -> list[Outcome]:
-    """What became of the jobs of a sweep's folder, in their order."""
-    outcomes = []
-    for hydra in folder.glob("*/.hydra"):
-        path = hydra.parent / "outcome.json"
-        if path.exists():
-            outcomes.append(Outcome(**json.loads(path.read_text(encoding="utf-8"))))
-            continue
-        about = OmegaConf.load(hydra / "hydra.yaml").hydra
-        reason = f"its process ended before its time; see {hydra.parent}"
-        outcomes.append(Outcome(about.job.num, list(about.overrides.task), "cut off", reason))
-    return sorted(outcomes, key=lambda outcome: outcome.job)
+def outcomes_in(folder: Path, start: str) -> list[Outcome]:
+    """What became of the jobs that a sweep started in its folder, in their order."""
+    outcomes = [
+        Outcome(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.rglob("outcome.json")
+    ]
+    return sorted(
+        (outcome for outcome in outcomes if outcome.start in (start, "")), key=lambda outcome: outcome.job
+    )
 
 
 def report(sweep: Sweep, parent: str, finished_before: list[str]) -> None:

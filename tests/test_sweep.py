@@ -326,6 +326,19 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
         assert sorted(metric.step for metric in logged) == list(range(40))
 
 
+@pytest.mark.parametrize("layout", ["hydra.output_subdir=null", "hydra.sweep.subdir=deep/${hydra.job.num}"])
+def test_outcomes_are_those_of_this_sweep_wherever_hydra_puts_its_jobs(
+    okddip: Okddip, tmp_path: Path, layout: str
+) -> None:
+    command = (*SMALL, "tracking=none", "hydra.mode=MULTIRUN", "hydra.sweep.dir=out", layout)
+    answer = okddip(*command, "method=baseline", "seed=0,-1")
+    assert answer.code == 1
+    assert "2 jobs: 1 finished, 1 failed" in answer.out
+    answer = okddip(*command, "method=independent", "seed=0", "name=other", "hydra.sweep.subdir=other")
+    assert answer.code == 0, answer.err
+    assert "1 job: 1 finished." in answer.out
+
+
 @pytest.mark.slow
 def test_a_signal_ends_a_sweep_and_closes_its_parent(tmp_path: Path) -> None:
     process = start(tmp_path, *SMALL, "seed=0,1", "trainer.epochs=10000", "hydra.mode=MULTIRUN")

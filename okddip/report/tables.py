@@ -188,6 +188,7 @@ def latex(table: pd.DataFrame, caption: str, below: Sequence[str]) -> str:
 
 
 def latex_safe(cell: str) -> str:
-    cell = cell.replace("\\", "\\textbackslash ")
-    cell = re.sub(r"([&%$#_{}])", r"\\\1", cell).replace("±", "$\\pm$")
+    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    cell = re.sub(r"[&%$#_{}~^\\]", lambda found: named.get(found[0], "\\" + found[0]), cell)
+    cell = cell.replace("±", "$\\pm$")
     return re.sub(r"(?<![\w.-])([+-])(?=\d)", r"$\1$", cell)
