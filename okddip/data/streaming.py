@@ -262,13 +262,13 @@ class StreamingLoader:
                 # PyTorch's handler would raise for a dead worker wherever training is just then
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield from batches
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if isinstance(error, RuntimeError) and "worker" not in str(error):
                 raise
             # killed for want of memory, in most cases
             raise ConfigError(
                 f"dataset.workers={self.workers}: a process that decodes images has died, or could not start"
-                f" ({str(error).splitlines()[0]}). Is memory or /dev/shm full? Fewer workers need less."
+                f" ({(str(error) or type(error).__name__).splitlines()[0]}). Is memory or /dev/shm full? Fewer workers need less."
                 " The last checkpoint is whole; go on with trainer.resume=auto."
             ) from error
 
