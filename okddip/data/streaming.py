@@ -268,8 +268,9 @@ class StreamingLoader:
             # killed for want of memory, in most cases
             raise ConfigError(
                 f"dataset.workers={self.workers}: a process that decodes images has died, or could not start"
-                f" ({(str(error) or type(error).__name__).splitlines()[0]}). Is memory or /dev/shm full? Fewer workers need less."
-                " The last checkpoint is whole; go on with trainer.resume=auto."
+                f" ({(str(error) or type(error).__name__).splitlines()[0]}). Is memory or"
+                " /dev/shm full? Fewer workers need less. The last checkpoint is whole; go on with"
+                " trainer.resume=auto."
             ) from error
 
     def _draws(self, epoch: int) -> Iterator[list["Draw"]]:
