@@ -43,8 +43,11 @@ KILL_SECONDS = 3.0  # the same where the run is killed
 
 MOST_FILES = 10  # named in a tag
 
+CONTEXT = "mlflow.data.context"  # the tag of a data set that says what it is for
+
 # limits of MLflow's requests
 MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 250, 6000, 8000, 36
+EXACT = 2.0**53  # up to here a float holds every whole number
 MAX_PARAMS, MAX_TAGS, MAX_METRICS = 100, 100, 1000
 
 ALLOWED_URIS = (
@@ -327,7 +330,7 @@ class MLflow:
                     source=json.dumps({"uri": split.place}),
                     profile=json.dumps({"num_rows": split.images}),
                 ),
-                [InputTag("mlflow.data.context", context)],
+                [InputTag(CONTEXT, context)],
             )
             for context, split in splits.items()
         ]
@@ -513,6 +516,16 @@ class NoTracking:
         """There is nothing to end."""
 
 
+def digests_of(run: "mlflow.entities.Run") -> dict[str, str]:
+    """Of the images that a run of the store works on, split by split; empty if it did not get so far."""
+    return {
+        tag.value: used.dataset.digest
+        for used in (run.inputs.dataset_inputs if run.inputs else [])
+        for tag in used.tags
+        if tag.key == CONTEXT
+    }
+
+
 def open_store(uri: str) -> "mlflow.MlflowClient":
     """A client of a store that exists and answers.
 
@@ -578,6 +591,8 @@ def _override(value: Any) -> str:
         return "{" + ",".join(f"{key}:{_override(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(_override, value)) + "]"
+    if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
+        return str(int(value))  # `3` and `3.0` are one setting
     return str(value)
 
 

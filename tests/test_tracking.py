@@ -112,7 +112,7 @@ def test_params_are_written_as_overrides() -> None:
     assert flatten(config) == {
         "method.peers": "4",
         "method.teacher": "null",
-        "method.temperature": "3.0",
+        "method.temperature": "3",
         "scheduler.milestones": "[150,0.5]",
         "scheduler.options": "{}",
         "trainer.compile": "false",
