@@ -1,5 +1,7 @@
 """Going on with a run that was cut off: which run it is, and whether it is the same run."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -9,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,6 +70,29 @@ def identity(config: DictConfig | dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def digests(config: DictConfig) -> dict[str, str]:
+    """Of the images that a configuration names, split by split; in a sweep they are read once.
+
+    Raises:
+        ConfigError: the data set cannot be had.
+    """
+    dataset, start = OmegaConf.to_yaml(config.dataset, resolve=True), os.environ.get(sweep.START)
+    return _digests(dataset, start) if start else _digests.__wrapped__(dataset, "")
+
+
+@cache
+def _digests(dataset: str, start_of_sweep: str) -> dict[str, str]:
+    from okddip.main import make
+
+    made = make("dataset", DictConfig(OmegaConf.create(dataset)))
+    return {split: made.digest(split) for split in made.sizes}
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """One word for the images of all splits."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @contextmanager
 def begin(config: DictConfig, folder: Path) -> Iterator[Run]:
     """Take up the run that `trainer.resume` names, or begin a new one in `folder`; and hold its folder.
@@ -88,10 +114,10 @@ def begin(config: DictConfig, folder: Path) -> Iterator[Run]:
 def find(config: DictConfig, folder: Path) -> Found:
     """Find what `trainer.resume` names.
 
-    `auto` is the newest run with this very configuration among the neighbours of `folder`, if there is one.
-    Else a run is named by its folder, by its `last.pt`, or as `runs:/ID`; and a checkpoint that lies in no
-    run's folder by its path. What Slurm requeued or torchrun restarted goes on, before all that, with the run
-    that it began itself.
+    `auto` is the newest run with this very configuration and these images among the neighbours of `folder`,
+    or else of those in the store that are on this machine, if there is one. Else a run is named by its
+    folder, by its `last.pt`, or as `runs:/ID`; and a checkpoint that lies in no run's folder by its path.
+    What Slurm requeued or torchrun restarted goes on, before all that, with the run that it began itself.
 
     Raises:
         ConfigError: there is no such run.
@@ -105,9 +131,12 @@ def find(config: DictConfig, folder: Path) -> Found:
     if reference is None:
         return Found()
     if reference == "auto":
-        found = newest(config, folder)
+        found = newest(config, folder) or newest_in_store(config)
         if found is None:
-            log.info("No run with this configuration in %s to go on with: a new one.", folder.parent)
+            log.info(
+                "No run with this configuration in %s or in the store to go on with: a new one.",
+                folder.parent,
+            )
         return Found(found)
     if reference.startswith("runs:/"):
         run_id, _, name = reference.removeprefix("runs:/").partition("/")
@@ -244,7 +273,10 @@ def job() -> str:
 
 
 def newest(config: DictConfig, folder: Path, *, of_this_job: bool = False) -> Path | None:
-    """The folder of the run last begun with this configuration (in this job), looking beside `folder`."""
+    """The folder of the run last begun with this configuration (in this job), looking beside `folder`.
+
+    Runs on other images are other runs, except in this job.
+    """
     # outputs/NAME/TIME has neighbours outputs/NAME/*; a job's multirun/TIME/JOB has multirun/*/*
     notes = {*folder.glob("run.json"), *folder.parent.glob("*/run.json")}
     if (folder.parent / "multirun.yaml").exists():
@@ -253,7 +285,28 @@ def newest(config: DictConfig, folder: Path, *, of_this_job: bool = False) -> Pa
     same = [path for path in notes if identity_of(path.parent) == wanted]
     if of_this_job:
         same = [path for path in same if noted(path.parent).get("job") == job() != ""]
+    elif any("data" in noted(path.parent) for path in same):
+        ours = fingerprint(digests(config))
+        same = [path for path in same if noted(path.parent).get("data", ours) == ours]
     return max(same, key=lambda path: path.stat().st_mtime).parent if same else None
+
+
+def newest_in_store(config: DictConfig) -> Path | None:
+    """The folder of the run that the store knows as last begun with this configuration, if it is here.
+
+    Raises:
+        ConfigError: the store cannot be opened.
+    """
+    tracker = instantiate(config.tracking)
+    tracker.open()
+    wanted = identity(config)
+    for run in tracker.find({"identity": wanted}):
+        folder = Path(run.data.tags.get("folder", ""))
+        if (folder / "run.json").exists() and identity_of(folder) == wanted:
+            known = noted(folder).get("data")
+            if known is None or known == fingerprint(digests(config)):
+                return folder
+    return None
 
 
 def identity_of(folder: Path) -> str | None:
@@ -371,7 +424,7 @@ def refuse_other_data(run: Run, dataset: Dataset, digests: Mapping[str, str]) ->
             f"{run.folder}: this run was trained on other data ({', '.join(different)} differ; its"
             f" dataset.root is {root}, with classes {shortened(theirs['classes'])}; here they are"
             f" {shortened(ours['classes'])}), so going on would mix two runs. Name the data set that it was"
-            " begun with, or begin a new run: leave trainer.resume out, and change name= where it is auto."
+            " begun with, or begin a new run: leave trainer.resume out."
         )
 
 

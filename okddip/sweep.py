@@ -249,8 +249,10 @@ def write(outcome: Outcome, folder: Path) -> None:
 def only_one(config: DictConfig) -> Iterator[None]:
     """Let one process at a time work on a run: two that want the same one do not train it twice."""
     from okddip.resume import identity
+    from okddip.tracking import public
 
-    store = json.dumps([str(Path.cwd()), OmegaConf.to_container(config.tracking, resolve=True)])
+    uri = config.tracking.get("uri")
+    store = f"{public(uri)} {config.tracking.experiment}" if uri else str(Path.cwd())
     name = hashlib.sha256(f"{identity(config)} {store}".encode()).hexdigest()[:16]
     folder = Path(config.dataset.cache_dir).expanduser() / "locks"
     try:
@@ -273,18 +275,21 @@ def only_one(config: DictConfig) -> Iterator[None]:
 
 
 def finished_run(config: DictConfig) -> Run | None:
-    """The newest finished MLflow run with this configuration, of the experiment that tracking names.
+    """The newest finished MLflow run with this configuration and these images, of tracking's experiment.
 
     Raises:
-        ConfigError: the store cannot be opened.
+        ConfigError: the store cannot be opened, or the images that are to be compared cannot be had.
     """
-    from okddip.resume import identity
+    from okddip.resume import digests, identity
+    from okddip.tracking import digests_of
 
     tracker = instantiate(config.tracking)
     tracker.open()
     for run in tracker.find({"identity": identity(config)}):
         if run.info.status == "FINISHED" and "final/top1" in run.data.metrics:
-            return run
+            if digests_of(run) == digests(config):
+                return run
+            log.info("MLflow run %s has these settings, and was trained on other images.", run.info.run_id)
     return None
 
 

@@ -62,6 +62,8 @@ def train(
         parts = build(config)
         digests = {split: parts.dataset.digest(split) for split in parts.dataset.sizes}
         resume.refuse_other_data(run, parts.dataset, digests)
+        if distributed.rank() == 0:
+            resume.note(run, data=resume.fingerprint(digests))
         settings = cast(dict[str, Any], OmegaConf.to_container(config))
         describe(config, parts, run)
         with concluded(parts.tracker):

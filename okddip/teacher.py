@@ -44,7 +44,8 @@ def provide(config: DictConfig, build: Callable[[DictConfig], tasks.Parts]) -> s
         if found := distributed.from_rank_0(lambda: finished(teacher)):
             return found
         # always the same folder: a teacher that was cut off is found there, with or without a store
-        folder = Path("outputs", teacher.name, resume.identity(teacher)).absolute()
+        data = distributed.from_rank_0(lambda: resume.fingerprint(resume.digests(teacher)))
+        folder = Path("outputs", teacher.name, f"{resume.identity(teacher)}-{data}").absolute()
         log.info("teacher    %s, trained first", teacher.name)
         if distributed.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
+from PIL import Image
 
 from okddip.main import CONFIG_HOME, cli, make
 from okddip.methods.base import Method
@@ -61,6 +63,16 @@ def make_method(configured: Callable[..., DictConfig]) -> Callable[..., Method]:
         )
 
     return make_one
+
+
+def folders_of_images(root: Path, *classes: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for number in range(8):
+                pixels = rng.integers(256, size=(16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import Answer
+from conftest import Answer, folders_of_images
 from PIL import Image
 
 from okddip import checkpoint
@@ -215,16 +215,6 @@ def test_an_epoch_that_ruins_the_weights_leaves_no_checkpoint_without_an_evaluat
     assert answer.code == 1
     assert "Epoch 3: loss, hard_loss is not finite" in answer.err
     assert checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 1
-
-
-def folders_of_images(root: Path, *classes: str, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    for split in ("train", "test"):
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for number in range(8):
-                pixels = rng.integers(256, size=(16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
 
 
 @pytest.mark.parametrize(

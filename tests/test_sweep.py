@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import Answer
+from conftest import Answer, folders_of_images
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -201,8 +202,13 @@ def test_a_sweep_without_a_sensible_job_fails(okddip: Okddip) -> None:
     assert "2 jobs: 2 skipped" in answer.out
 
 
+@pytest.mark.parametrize(
+    ("tracking", "places"),
+    [("tracking=none", ("multirun/0", "multirun/1")), ("tracking=mlflow", ("here", "else/where"))],
+    ids=["beside it", "found in the store"],
+)
 def test_a_job_that_is_cut_off_goes_on(
-    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    okddip: Okddip, monkeypatch: pytest.MonkeyPatch, tracking: str, places: tuple[str, str]
 ) -> None:
     whole = Trainer.train_epoch
 
@@ -211,14 +217,13 @@ def test_a_job_that_is_cut_off_goes_on(
             raise RuntimeError("the power went")
         return whole(self, *arguments)
 
-    command = ("-m", *SMALL, "method=baseline", "tracking=none", "seed=0,1", "trainer.epochs=2")
+    command = ("-m", *SMALL, "method=baseline", tracking, "seed=0,1", "trainer.epochs=2")
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_epoch", part)
-        cut = okddip(*command)
+        cut = okddip(*command, f"hydra.sweep.dir={places[0]}")
     assert cut.code == 1
     assert "failed #1 seed=1: RuntimeError: the power went" in cut.out
-    time.sleep(1)  # the sweep's folder is named by the second
-    answer = okddip(*command)
+    answer = okddip(*command, f"hydra.sweep.dir={places[1]}")
     assert answer.code == 0, answer.err
     assert answer.out.count("goes on after epoch 1") == 2
 
@@ -266,6 +271,39 @@ def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path:
     # another seed has another teacher
     assert okddip(*common, "method=kd", "seed=1").code == 0
     assert sorted(run.data.tags["seed"] for run in runs(tmp_path, "others")) == ["0", "1", "1"]
+
+
+def test_a_run_on_other_images_is_another_run(okddip: Okddip, tmp_path: Path) -> None:
+    for seed, root in enumerate(("first", "second")):
+        folders_of_images(tmp_path / root, "cat", "dog", seed=seed)
+    shutil.copytree("first", "moved")
+    common = ("dataset=image_folder", "model=resnet8", "trainer.batch_size=8", "trainer.epochs=1")
+    common += ("methods.teacher=auto", "methods.teacher_model=resnet14")
+
+    def sweep(root: str, place: str) -> list[str]:
+        answer = okddip(
+            *("-m", *common, "method=baseline,kd", "seed=0", f"dataset.root={root}"),
+            f"hydra.sweep.dir=sweeps/{place}",
+        )
+        assert answer.code == 0, answer.err
+        return [kind for _, kind in outcomes(tmp_path / "sweeps" / place)]
+
+    assert sweep("first", "0") == ["finished", "finished"]
+    assert sweep("second", "1") == ["finished", "finished"]
+    assert sweep("moved", "2") == ["finished before", "finished before"]
+    trained = [run.data.params["dataset.root"] for run in runs(tmp_path)]
+    assert trained == ["first", "first", "second", "second"]
+    teachers = runs(tmp_path, "others")
+    assert [run.data.params["dataset.root"] for run in teachers] == ["first", "second"]
+    assert len({run.data.tags["identity"] for run in teachers}) == 1
+
+
+def test_a_whole_number_is_the_same_setting_however_it_is_written(okddip: Okddip, tmp_path: Path) -> None:
+    common = ("-m", *SMALL, "method=okddip", "seed=0")
+    for place, temperature in (("first", "3"), ("second", "3.0")):
+        answer = okddip(*common, f"method.temperature={temperature}", f"hydra.sweep.dir={place}")
+        assert answer.code == 0, answer.err
+    assert outcomes(tmp_path / "second") == [(0, "finished before")]
 
 
 def test_a_teacher_that_cannot_be_is_refused(okddip: Okddip) -> None:
