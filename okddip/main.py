@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from okddip import distributed, sweep
 from okddip.errors import ConfigError, Incompatible, check_number
 from okddip.signals import stop_on_signals
+from okddip.sweeper import GridSweeper
 from okddip.usage import usage
 
 if TYPE_CHECKING:
@@ -118,12 +119,16 @@ def write_nothing(config: DictConfig) -> None:
 
 
 Plugins.instance().register(PresetSearchPath)
+# Hydra takes sweepers of this name space alone, where the distribution has no folder
+Plugins.instance().class_name_to_class["hydra_plugins.okddip.GridSweeper"] = GridSweeper
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_HOME / "conf"), config_name="config")
 def main(config: DictConfig) -> Any:
     """Run the task of a composed configuration; returns what the task returns (a sweeper optimizes it)."""
     with stop_on_signals():
+        if HydraConfig.get().job.chdir:
+            raise ConfigError(sweep.NO_CHDIR)
         target = OmegaConf.select(config, "task._target_")
         try:
             task = partial(get_method(target), build=build)

@@ -16,9 +16,9 @@ import sys
 import traceback
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,14 @@ NAME, PARENT_RUN, START = "OKDDIP_SWEEP", "OKDDIP_PARENT_RUN", "OKDDIP_SWEEP_STA
 
 TRAIN = "okddip.tasks.train"
 
+GOOD = {"finished", "finished before", "skipped"}  # outcomes
+FINISHED_BEFORE, IDS_IN_A_TAG = "finished_before", 200  # MLflow's tags hold 8,000 letters
+
+NO_CHDIR = (
+    "hydra.job.chdir=true: would make another place of each relative path, and another store of each run's"
+    " tracking.uri. Leave it out; a run's files are in its output folder in any case."
+)
+
 # what a job without a result returns: the worst value, for a sweeper that maximizes
 NO_RESULT = float("-inf")
 
@@ -54,6 +62,8 @@ class Sweep:
     name: str
     folder: Path
     tracker: MLflow | NoTracking | None  # None: jobs that are no training runs have no parent
+    jobs: list[list[str]] = field(default_factory=list)  # overrides of each, where they are known beforehand
+    left_out: list[Outcome] = field(default_factory=list)  # of jobs that cannot be
 
 
 @dataclass
@@ -62,9 +72,10 @@ class Outcome:
 
     job: int
     overrides: list[str]
-    kind: str  # finished, finished before, skipped, failed, cut off
+    kind: str  # finished, finished before, skipped, failed, cut off, not started
     reason: str = ""
     run_id: str = ""  # of the MLflow run that finished before
+    value: float | None = None  # what the job returned
     start: str = ""  # of the sweep: it may have been started more than once, and others in its folder
 
 
@@ -111,6 +122,8 @@ def begin(config: DictConfig) -> Sweep:
     name = config.hydra.runtime.choices.get("multirun_presets") or " x ".join(swept) or "sweep"
     sweep = Sweep(name, Path(config.hydra.sweep.dir).absolute(), None)
     os.environ[START] = uuid.uuid4().hex
+    if config.hydra.job.chdir:
+        raise ConfigError(NO_CHDIR)
     if config.task._target_ != TRAIN:
         return sweep
 
@@ -162,6 +175,18 @@ def description(swept: Mapping[str, str]) -> str:
     return "\n".join(["A sweep; its jobs are the child runs.", "", *items])
 
 
+def expect(jobs: list[list[str]], left_out: list[Outcome]) -> None:
+    """Note which jobs the sweep of this process has, and which combinations cannot be."""
+    if _begun is not None:
+        numbered = [replace(outcome, job=len(jobs) + more) for more, outcome in enumerate(left_out)]
+        _begun.jobs, _begun.left_out = jobs, numbered
+
+
+def outcomes() -> list[Outcome]:
+    """What has become of the jobs of this process's sweep up to now."""
+    return [] if _begun is None else outcomes_in(_begun.folder, os.environ.get(START, ""))
+
+
 def tags() -> dict[str, str]:
     """What a job's run says of its sweep."""
     tags = {"sweep": os.environ.get(NAME, ""), "mlflow.parentRunId": os.environ.get(PARENT_RUN, "")}
@@ -204,7 +229,7 @@ def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[
         HydraConfig.get().job.num,
         list(HydraConfig.get().overrides.task),
         "cut off",
-        f"its process ended before its time; see {folder}",
+        f"its process has not come to its end; see {folder}",
         start=os.environ.get(START, ""),
     )
     write(outcome, folder)
@@ -234,6 +259,7 @@ def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[
     except Exception as error:
         outcome.kind, outcome.reason = "failed", f"{type(error).__name__}: {error}"
         log.exception("Failed:")
+    outcome.value = value if isinstance(value, int | float) else None
     write(outcome, folder)
     return value
 
@@ -309,25 +335,32 @@ def end(error: BaseException | None = None) -> bool:
     start = os.environ.pop(START, "")
     if sweep is None:
         return True
-    outcomes = outcomes_in(sweep.folder, start)
+    outcomes = outcomes_in(sweep.folder, start) + sweep.left_out
+    begun = {outcome.job for outcome in outcomes}
+    outcomes += [
+        Outcome(number, job, "not started", "the sweep ended before its turn")
+        for number, job in enumerate(sweep.jobs)
+        if number not in begun
+    ]
     kinds = Counter(outcome.kind for outcome in outcomes)
-    nothing_ran = kinds["skipped"] == len(outcomes)
-    good = error is None and not kinds["failed"] and not kinds["cut off"] and not nothing_ran
+    good = error is None and kinds.keys() <= GOOD and kinds["skipped"] < len(outcomes)
     stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code != 1)
     if sweep.tracker is not None:
-        if parent and not stopped:
-            report(sweep, parent, [outcome.run_id for outcome in outcomes if outcome.run_id])
-        sweep.tracker.finish("KILLED" if stopped else "FINISHED" if good else "FAILED")
-    jobs = "1 job" if len(outcomes) == 1 else f"{len(outcomes)} jobs"
-    print(
-        f"Sweep {sweep.name}, {jobs}: "
-        + ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-        + "."
-    )
+        try:
+            finished_before = [outcome.run_id for outcome in outcomes if outcome.run_id]
+            sweep.tracker.set_tags(finished_before_tags(finished_before))
+            if parent and outcomes and not stopped:
+                close_children(sweep, parent)
+                report(sweep, parent, finished_before)
+        finally:
+            sweep.tracker.finish("KILLED" if stopped else "FINISHED" if good else "FAILED")
+    jobs = "1 job" if len(outcomes) == 1 else f"{len(outcomes) or 'no'} jobs"
+    counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    print(f"Sweep {sweep.name}, {jobs}{': ' if counts else ''}{counts}.")
     common = (
         set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if len(outcomes) > 1 else set()
     )
-    for kind in ("skipped", "cut off", "failed"):
+    for kind in ("skipped", "not started", "cut off", "failed"):
         for outcome in outcomes:
             if outcome.kind == kind:
                 own = " ".join(part for part in outcome.overrides if part not in common)
@@ -339,12 +372,45 @@ def end(error: BaseException | None = None) -> bool:
 
 def outcomes_in(folder: Path, start: str) -> list[Outcome]:
     """What became of the jobs that a sweep started in its folder, in their order."""
-    outcomes = [
-        Outcome(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.rglob("outcome.json")
-    ]
-    return sorted(
-        (outcome for outcome in outcomes if outcome.start in (start, "")), key=lambda outcome: outcome.job
-    )
+    outcomes = []
+    for path in folder.rglob("outcome.json"):
+        try:
+            outcome = Outcome(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("%s: cannot be read (%s).", path, error)
+            continue
+        if outcome.start in (start, ""):
+            outcomes.append(outcome)
+    return sorted(outcomes, key=lambda outcome: outcome.job)
+
+
+def finished_before_tags(run_ids: Sequence[str]) -> dict[str, str]:
+    """Tags of a parent run that name runs of other parents that count among its jobs."""
+    parts = [run_ids[start : start + IDS_IN_A_TAG] for start in range(0, len(run_ids), IDS_IN_A_TAG)]
+    return {f"{FINISHED_BEFORE}.{number}": " ".join(part) for number, part in enumerate(parts)}
+
+
+def finished_before(parent: Run) -> set[str]:
+    """IDs of the runs that `finished_before_tags` name."""
+    tags = parent.data.tags.items()
+    return {run_id for key, ids in tags if key.startswith(f"{FINISHED_BEFORE}.") for run_id in ids.split()}
+
+
+def close_children(sweep: Sweep, parent: str) -> None:
+    """End the MLflow runs of jobs whose process was killed, and could not do it."""
+    from okddip.resume import lock
+    from okddip.tracking import MLflow, open_store
+
+    assert isinstance(sweep.tracker, MLflow)
+    for run in sweep.tracker.find({"mlflow.parentRunId": parent}):
+        folder = Path(run.data.tags.get("folder", ""))
+        if run.info.status != "RUNNING" or not (folder / "run.json").exists():
+            continue
+        try:
+            with lock(folder):
+                open_store(sweep.tracker.uri).set_terminated(run.info.run_id, "KILLED")
+        except ConfigError:
+            continue  # it is running
 
 
 def report(sweep: Sweep, parent: str, finished_before: list[str]) -> None:

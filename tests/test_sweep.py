@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 import pytest
 import torch
 from conftest import Answer, folders_of_images
@@ -319,6 +320,55 @@ def test_a_teacher_that_cannot_be_is_refused(okddip: Okddip) -> None:
     assert "Traceback" not in answer.err
 
 
+def test_a_setting_that_only_some_methods_have_is_swept_with_those(okddip: Okddip, tmp_path: Path) -> None:
+    command = ("-m", *SMALL, "method=baseline,one", "tracking=none", "hydra.sweep.dir=sweep")
+    answer = okddip(*command, "method.temperature=2,3")
+    assert answer.code == 0, answer.err
+    assert outcomes(tmp_path / "sweep") == [(0, "finished"), (1, "finished")]
+    *_, summary, first, second = answer.out.splitlines()
+    assert summary.endswith("4 jobs: 2 finished, 2 skipped.")
+    assert first == (
+        "skipped #2 method=baseline method.temperature=2: method.temperature: is no setting of the options"
+        " chosen."
+    )
+    assert second.startswith("skipped #3 method=baseline method.temperature=3: ")
+
+    mistyped = okddip(*command, "method.temprature=2,3")
+    assert mistyped.code == 1
+    assert "Could not override 'method.temprature'" in mistyped.err
+    assert "no jobs." in mistyped.out
+
+
+@pytest.mark.parametrize("mode", ["RUN", "MULTIRUN"])
+def test_a_working_directory_for_each_job_is_refused_by_name(okddip: Okddip, mode: str) -> None:
+    answer = okddip(*SMALL, "hydra.job.chdir=true", f"hydra.mode={mode}")
+    assert answer.code == 1
+    assert "hydra.job.chdir=true: would make" in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_a_report_on_a_sweep_has_the_runs_that_another_finished(okddip: Okddip, tmp_path: Path) -> None:
+    for name, seeds in (("first", "0,1"), ("second", "1,2")):
+        answer = okddip("-m", *SMALL, "method=baseline", f"seed={seeds}", f"hydra.sweep.dir={name}")
+        assert answer.code == 0, answer.err
+    _, second = runs(tmp_path, "parents")
+    answer = okddip("task=report", f"report.sweep={second.info.run_id}", "report.out=report")
+    assert answer.code == 0, answer.err
+    [table] = pd.read_csv(tmp_path / "report" / "table.csv").to_dict("records")
+    assert table["seeds"] == "1 2"
+
+
+def test_an_outcome_that_cannot_be_read_does_not_keep_a_sweep_from_its_end(
+    okddip: Okddip, tmp_path: Path
+) -> None:
+    (tmp_path / "sweep" / "torn").mkdir(parents=True)
+    (tmp_path / "sweep" / "torn" / "outcome.json").write_text('{"job": 1')
+    answer = okddip("-m", *SMALL, "method=baseline", "seed=0", "hydra.sweep.dir=sweep")
+    assert answer.code == 0, answer.err
+    assert "1 job: 1 finished." in answer.out
+    assert [run.info.status for run in runs(tmp_path, "parents")] == ["FINISHED"]
+
+
 def test_a_sweep_on_a_store_that_cannot_be_opened_runs_no_job(okddip: Okddip, tmp_path: Path) -> None:
     answer = okddip("-m", *SMALL, "seed=0,1", "tracking.uri=sqlite:///missing/mlflow.db")
     assert answer.code == 1
@@ -417,6 +467,45 @@ def test_jobs_side_by_side_are_children_of_one_parent_and_share_a_teacher(
     assert [run.info.run_name for run in runs(tmp_path, "others")] == [
         "baseline1-seed0-network-resnet14-digits"
     ]
+
+
+MORTAL = """
+import os
+import signal
+from okddip.trainer import Trainer
+
+
+class Mortal(Trainer):
+    def fit(self, **parts):
+        if parts["seed"] == 1:  # as if its memory ran out, each time
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().fit(**parts)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_joblib_takes_no_other_job_with_it(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    command = [*SMALL, "method=baseline", "seed=0,1,2,3,4", "trainer._target_=mortal.Mortal"]
+    command += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    process = subprocess.run(
+        [sys.executable, "-m", "okddip.main", "-m", *command, "hydra.sweep.dir=sweep"],
+        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1, process.stdout + process.stderr
+    kinds = ["finished", "cut off", "finished", "finished", "finished"]
+    assert outcomes(tmp_path / "sweep") == list(enumerate(kinds))
+    assert "A process of joblib was killed" in process.stdout
+    assert "5 jobs: 4 finished, 1 cut off." in process.stdout
+    assert "cut off #1 seed=1: its process has not come to its end" in process.stdout
+    assert "Traceback" not in process.stdout + process.stderr
+    statuses = {run.data.tags["seed"]: run.info.status for run in runs(tmp_path)}
+    assert statuses == {seed: "KILLED" if seed == "1" else "FINISHED" for seed in "01234"}
+    [parent] = runs(tmp_path, "parents")
+    assert parent.info.status == "FAILED"
 
 
 THREADS = """

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from okddip import resume
 from okddip.errors import ConfigError
+from okddip.sweep import finished_before
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -40,7 +41,17 @@ def find(
         searched += f', report.where="{where}"'
     if sweep:
         searched += f", report.sweep={sweep}"
-        found = [run for run in found if sweep in (tag(run, "sweep"), tag(run, "mlflow.parentRunId"))]
+        parents = [
+            run
+            for run in everything
+            if tag(run, "kind") == "sweep" and sweep in (run.info.run_id, tag(run, "sweep"))
+        ]
+        before = {run_id for parent in parents for run_id in finished_before(parent)}
+        found = [
+            run
+            for run in found
+            if sweep in (tag(run, "sweep"), tag(run, "mlflow.parentRunId")) or run.info.run_id in before
+        ]
     chosen, left_out = comparable(found)
     if not chosen:
         raise ConfigError(
