@@ -1,6 +1,6 @@
 """Groups of runs that differ in nothing but the seed: means, and differences to the baseline."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import stats
 
 from okddip.report import runs
-from okddip.report.published import Published, defaults, published_for
+from okddip.report.published import Published, ablations, option, published_for
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -62,6 +62,8 @@ class Comparison:
     columns: list[str]  # short names of the settings that vary
     common: dict[str, str]  # settings that do not, of `COMMON`
     groups: list[Group]
+    reference: str  # what differences are to: "baseline", "default" or, where there are none, ""
+    named: dict[str, str]  # what the names in the column `SEVERAL` stand for
     held_out: bool  # the best epoch was chosen by images held out of the training set
     repeated: int  # runs left out, as a newer one has the same settings and seed
 
@@ -83,10 +85,7 @@ class Comparison:
 
 def compare(chosen: Sequence["Run"]) -> list[Comparison]:
     """A comparison for each data set."""
-    by_dataset: dict[str, list[Run]] = {}
-    for run in chosen:
-        by_dataset.setdefault(runs.dataset(run), []).append(run)
-    return [compare_on(name, those) for name, those in sorted(by_dataset.items())]
+    return [compare_on(name, those) for name, those in sorted(runs.by_dataset(chosen).items())]
 
 
 def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
@@ -96,12 +95,16 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     shown = settings[list(columns)].rename(columns=columns)
     # targets of Hydra are import paths: their last part is the name
     shown = shown.map(lambda value: value.rpartition(".")[2] if value.startswith("okddip.") else value)
-    inner = [name for key, name in columns.items() if key.startswith("method.") and key not in SHAPE]
+    of_method = [key for key in columns if key.startswith("method.")]
+    differing = [changed(row, of_method) for _, row in settings.iterrows()]
+    inner = [key for key in of_method if key not in SHAPE]
+    named: dict[str, str] = {}
     if len(inner) > 1:
-        shown = shown.drop(columns=inner)
-        shown[SEVERAL] = settings.apply(
-            changed, axis=1, keys=[key for key in columns if columns[key] in inner]
-        )
+        names = [ablation(row["method"], differing[index]) for index, row in settings.iterrows()]
+        texts = [in_words(changes, inner) for changes in differing]
+        named = {name: text for name, text in zip(names, texts, strict=True) if name and text}
+        shown = shown.drop(columns=[columns[key] for key in inner])
+        shown[SEVERAL] = [name or text for name, text in zip(names, texts, strict=True)]
     groups = []
     for values, rows in shown.groupby(list(shown.columns)):
         by_seed = {int(runs.seed(chosen[row])): chosen[row] for row in rows.index}  # the newest of each
@@ -119,10 +122,15 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     beside_method = [
         name for key, name in columns.items() if not key.startswith("method.") and name != "method"
     ]
+    plain = {"default": [group for group in groups if not changed(pd.Series(group.settings), of_method)]}
+    plain = {"baseline": [group for group in groups if group.method == "baseline"]} | plain
+    reference = next((name for name, those in plain.items() if 0 < len(those) < len(groups)), "")
+    references = plain.get(reference, [])
     for group in groups:
-        for other in groups:
+        for other in references:
             same = all(other.values[name] == group.values[name] for name in beside_method)
-            if same and other.method == "baseline" != group.method:
+            same = same and (reference == "baseline" or other.method == group.method)
+            if same and all(group is not known for known in references):
                 group.differences = {
                     name: difference(group.scores[name], other.scores[name]) for name in SCORES
                 }
@@ -132,14 +140,28 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
         if key in settings and settings[key].nunique() == 1
     }
     held_out = (settings.get("dataset.validation", pd.Series("0")).astype(float) > 0).all()
-    return Comparison(dataset, list(shown.columns), common, groups, bool(held_out), repeated)
+    if not any(group.differences for group in groups):
+        reference = ""
+    return Comparison(
+        dataset, list(shown.columns), common, groups, reference, named, bool(held_out), repeated
+    )
 
 
-def changed(settings: pd.Series, keys: Sequence[str]) -> str:
+def changed(settings: pd.Series, keys: Sequence[str]) -> dict[str, str]:
     """The settings among `keys` that are not those of the method's option file."""
-    usual = defaults(settings["method"])
-    different = [key for key in keys if settings[key] not in ("", usual.get(key))]
-    return " ".join(f"{key.removeprefix('method.')}={settings[key]}" for key in different)
+    usual = option("method", settings["method"])
+    return {key: settings[key] for key in keys if settings.get(key, "") not in ("", usual.get(key))}
+
+
+def in_words(changes: Mapping[str, str], keys: Sequence[str]) -> str:
+    return " ".join(f"{key.removeprefix('method.')}={changes[key]}" for key in keys if key in changes)
+
+
+def ablation(method: str, changes: Mapping[str, str]) -> str:
+    """The name of the option of the group `ablation` that makes these changes; empty if there is none."""
+    if method != "okddip":
+        return ""
+    return next((name for name, its in ablations().items() if its == changes), "")
 
 
 def varying(settings: pd.DataFrame) -> dict[str, str]:

@@ -126,7 +126,9 @@ def over_epochs(
             low, high = (mean - std).clip(lower=0), (mean + std).clip(upper=most)
             axes.fill_between(mean.index, low, high, color=style["color"], alpha=0.12, linewidth=0)
         axes.set_xlabel("Epoch (last quarter)" if start else "Epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if last == 1:
+            axes.set_xlim(0, 2)
     panels[0].set_ylabel(name)
     legend_below(figure, panels[0], over_seeds(groups[label] for label in tables))
     return figure

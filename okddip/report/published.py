@@ -4,15 +4,18 @@ import csv
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from omegaconf import OmegaConf
 
 from okddip.tracking import flatten
 
 HERE = Path(__file__).parent
-# what the source says and not the option file, and what follows from the length of the run
-NOT_BY_DEFAULT = ("method._target_", "method.peers", "method.structure", "method.ramp_epochs")
+# what the source says and not the option file, what follows from the length of the run, and the teacher
+NOT_BY_DEFAULT = (
+    *("method._target_", "method.peers", "method.structure", "method.ramp_epochs"),
+    *("method.teacher", "method.teacher_model"),
+)
 
 
 class Published(NamedTuple):
@@ -69,14 +72,34 @@ def read(file: str) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-@cache
 def defaults(method: str) -> dict[str, str]:
-    """The settings of a method's option file, which are those of the authors' code; none for a user's own."""
+    """The settings of a method's option file that a published figure was made with."""
+    return {key: value for key, value in option("method", method).items() if key not in NOT_BY_DEFAULT}
+
+
+@cache
+def option(group: str, name: str) -> dict[str, str]:
+    """The settings in an option file that begin with `method.`; none for a user's own.
+
+    Those of the methods are those of the authors' code.
+    """
     from okddip.main import CONFIG_HOME
 
-    path = CONFIG_HOME / "conf" / "method" / f"{method}.yaml"
+    path = CONFIG_HOME / "conf" / group / f"{name}.yaml"
     if not path.is_file():
         return {}
-    option = OmegaConf.load(path)
-    flat = flatten({"method": cast(dict[str, object], OmegaConf.to_container(option))})
-    return {key: value for key, value in flat.items() if key not in NOT_BY_DEFAULT}
+    content: Any = OmegaConf.load(path)
+    if group == "method":
+        shared = OmegaConf.select(OmegaConf.load(CONFIG_HOME / "conf" / "config.yaml"), "methods")
+        content = OmegaConf.create({"methods": shared, "method": content})
+    flat = flatten(cast(dict[str, object], OmegaConf.to_container(content, resolve=True)))
+    return {key: value for key, value in flat.items() if key.startswith("method.")}
+
+
+@cache
+def ablations() -> dict[str, dict[str, str]]:
+    """What each option of the group `ablation` changes; `full` nothing."""
+    from okddip.main import CONFIG_HOME
+
+    names = sorted(path.stem for path in (CONFIG_HOME / "conf" / "ablation").glob("*.yaml"))
+    return {name: option("ablation", name) for name in names}

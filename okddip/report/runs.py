@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from okddip import resume
 from okddip.errors import ConfigError
 from okddip.sweep import finished_before
+from okddip.tracking import digests_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 PAGE = 1000  # runs that the store sends at once
 NEEDED = {"method", "seed", "trainer.epochs"}  # params of a training run
+FOLDERS = ("image_folder", "imagenet")  # data sets that are whatever lies there
 OTHER_TASKS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
 
 
@@ -130,12 +132,49 @@ def seed(run: "Run") -> str:
     return params(run)["seed"]
 
 
-def dataset(run: "Run") -> str:
-    """What the run was tested on; image folders are data sets of their own."""
-    option = params(run).get("dataset", "")
-    if option in ("image_folder", "imagenet"):
-        return f"{option} {params(run).get('dataset.root')}"
-    return option
+class Tested(NamedTuple):
+    """What a run was tested on."""
+
+    option: str
+    size: str  # as configured
+    digest: str  # of the images; empty: the store does not say
+    place: str  # where they are, as given
+
+
+def by_dataset(chosen: Sequence["Run"]) -> dict[str, list["Run"]]:
+    """Runs on the same test images, under the name of their data set.
+
+    Image folders are told apart by their images, wherever they lie. The same images scaled to another size
+    are recognised by their place.
+    """
+    groups: dict[Tested, list[Run]] = {}
+    for run in chosen:
+        tested = tested_on(run)
+        same = (known for known in groups if same_images(known, tested))
+        groups.setdefault(next(same, tested), []).append(run)
+    options = Counter(tested.option for tested in groups)
+    named: dict[str, list[Run]] = {}
+    for tested, members in groups.items():
+        name = tested.option
+        if name in FOLDERS or options[name] > 1:
+            name += f" {tested.place}"
+        named[f"{name} ({tested.digest[:6]})" if name in named else name] = members
+    return named
+
+
+def tested_on(run: "Run") -> Tested:
+    known = params(run)
+    option, root = known.get("dataset", ""), known.get("dataset.root", "")
+    place = root if option in FOLDERS else ""
+    return Tested(option, known.get("dataset.image_size", ""), digests_of(run).get("test", ""), place)
+
+
+def same_images(one: Tested, other: Tested) -> bool:
+    if one.option != other.option:
+        return False
+    if one.digest and other.digest and one.size == other.size:
+        return one.digest == other.digest
+    return one.place == other.place
 
 
 def tag(run: "Run", name: str) -> str | None:

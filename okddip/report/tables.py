@@ -11,6 +11,10 @@ from okddip.report.compare import SCORES, Comparison, Difference, Group
 from okddip.report.published import source_text
 
 NUMERIC = ("n", "peers")
+REFERENCES = {
+    "baseline": ("the baseline with the same model, data set and training settings, after the last epoch."),
+    "default": "the same method with the settings of its option file, after the last epoch.",
+}
 
 
 def write(comparisons: Sequence[Comparison], left_out: str, folder: Path) -> None:
@@ -61,13 +65,13 @@ def cells(comparison: Comparison) -> pd.DataFrame:
             "n": str(len(group.runs)),
             "last epoch": spread(group.scores["last"]),
             "best epoch": spread(group.scores["best"]),
-            "last - baseline": interval(group.differences.get("last")),
+            f"last - {comparison.reference}": interval(group.differences.get("last")),
             "published": ", ".join(map(str, group.published)),
         }
         for group in comparison.groups
     ]
     table = pd.DataFrame(rows)
-    optional = ["last - baseline", "published"]
+    optional = [f"last - {comparison.reference}", "published"]
     return table.drop(columns=[name for name in optional if not table[name].any()])
 
 
@@ -93,10 +97,7 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append("best epoch: chosen on the test set itself, so an optimistic figure.")
     differences = [group.differences["last"] for group in comparison.groups if group.differences]
     if differences:
-        lines.append(
-            "last - baseline: difference to the baseline with the same model, data set and training settings,"
-            " after the last epoch."
-        )
+        lines.append(f"last - {comparison.reference}: difference to {REFERENCES[comparison.reference]}")
         if any(not math.isnan(difference.low) for difference in differences):
             lines.append(
                 "In brackets its 95% interval by Student's t, over pairs of runs with the same seed"
@@ -104,6 +105,8 @@ def notes(comparison: Comparison) -> list[str]:
             )
         if any(math.isnan(difference.low) for difference in differences):
             lines.append("Where there is none, it would take two seeds of each, and differences that vary.")
+    if comparison.named:
+        lines.append(", ".join(f"{name}: {text}" for name, text in comparison.named.items()) + ".")
     if comparison.repeated:
         lines.append(
             f"Repeated runs, left out: {comparison.repeated}; of runs with the same settings and seed the"

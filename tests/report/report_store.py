@@ -6,12 +6,13 @@ from types import MappingProxyType
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, open_dict
 
 from okddip.main import CONFIG_HOME
 from okddip.tasks import params_of
+from okddip.tracking import CONTEXT
 
 EPOCHS = 12
 
@@ -33,6 +34,7 @@ def add_runs(
     seeds: Sequence[int],
     status: str = "FINISHED",
     tags: Mapping[str, str] = MappingProxyType({}),
+    digest: str = "",
 ) -> None:
     """Log a run for each seed, whose top-1 after the last epoch is given; the best is half a point more."""
     config = configuration(f"trainer.epochs={EPOCHS}", *overrides)
@@ -48,6 +50,9 @@ def add_runs(
         for epoch in range(EPOCHS):
             values = metrics_of_epoch(method, peers, top1 * (epoch + 1) / EPOCHS)
             metrics += [Metric(key, value, epoch, epoch) for key, value in values.items()]
+        if digest:
+            test = DatasetInput(Dataset("images", digest, "local", "{}"), [InputTag(CONTEXT, "test")])
+            client.log_inputs(run_id, [test])
         client.log_batch(run_id, metrics, [Param(key, value) for key, value in params.items()])
         if status != "RUNNING":
             client.set_terminated(run_id, status)

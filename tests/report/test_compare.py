@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from okddip.report.compare import changed, difference, short_names, varying
+from okddip.report.compare import ablation, changed, difference, short_names, varying
 
 
 def scores(values: list[float], seeds: list[int]) -> pd.Series:
@@ -90,9 +90,15 @@ def test_a_setting_that_repeats_another_is_one_column() -> None:
 
 def test_ablations_share_a_column_that_says_what_is_not_the_option_files() -> None:
     ours = pd.Series({"method": "okddip", "method.leader": "true", "method.attention": "false"})
-    assert changed(ours, ["method.leader", "method.attention"]) == "attention=false"
+    assert changed(ours, ["method.leader", "method.attention"]) == {"method.attention": "false"}
+    assert ablation("okddip", {"method.attention": "false"}) == "no_attention"
+    assert ablation("okddip", {"method.attention": "false", "method.leader": "false"}) == ""
+    assert ablation("okddip", {}) == "full"
+    assert ablation("one", {}) == ""
     theirs = pd.Series({"method": "mine", "method.leader": "", "method.weight": "0.5"})
-    assert changed(theirs, ["method.leader", "method.weight"]) == "weight=0.5"
+    assert changed(theirs, ["method.leader", "method.weight"]) == {"method.weight": "0.5"}
+    shared = pd.Series({"method": "kd", "method.teacher_model": "null", "method.alpha": "1"})
+    assert changed(shared, ["method.teacher_model", "method.alpha"]) == {}
 
 
 def test_short_names_are_as_long_as_they_must_be() -> None:

@@ -89,6 +89,62 @@ def test_a_row_a_group_with_mean_deviation_and_interval(folder: Path) -> None:
     assert "2  93.50 ± 0.71  94.00 ± 0.71  +0.50 [-1.99, +2.99] unpaired" in dml
 
 
+def test_ablations_are_named_and_compared_with_the_whole_method(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("ablations")
+    three = {"seeds": (0, 1, 2)}
+    for name, last in (
+        ("full", [94, 95, 96]),
+        ("no_attention", [93, 94, 95.3]),
+        ("no_ramp", [92, 93, 94]),
+        ("networks", [96, 96, 97]),
+    ):
+        add_runs(client, experiment, "method=okddip", f"ablation={name}", last=last, **three)
+    twice = ("method.attention=false", "method.leader=false")
+    add_runs(client, experiment, "method=okddip", *twice, last=[91, 91, 91], **three)
+    folder = make(client, runs.find(client, uri, "ablations"), tmp_path / "report")
+    text = (folder / "table.txt").read_text()
+    rows = {line.split("  3  ")[0].split()[-1]: line for line in text.splitlines()[4:9]}
+    assert rows.keys() == {"full", "no_attention", "no_ramp", "networks", "attention=false"}
+    assert "last - default" in text
+    assert "]" not in rows["full"].partition("96.00")[2]
+    assert "-0.90 [" in rows["no_attention"]
+    assert "+1.33 [" in rows["networks"]
+    assert "leader=false attention=false" in rows["attention=false"]
+    assert "last - default: difference to the same method with the settings of its option file" in text
+    assert "no_attention: attention=false" in text
+
+
+def test_image_folders_are_told_apart_by_their_images_and_not_by_their_place(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("folders")
+
+    def add(root: str, digest: str, *overrides: str, seed: int = 0) -> None:
+        add_runs(
+            *(client, experiment, "dataset=image_folder", f"dataset.root={root}", *overrides),
+            last=[90],
+            seeds=[seed],
+            digest=digest,
+        )
+
+    add("photos", "aaaaaaaa")
+    add("/data/photos", "aaaaaaaa", seed=1)  # the same, moved
+    add("photos", "bbbbbbbb")  # others, in the place of the first
+    add("drawings", "cccccccc")
+    add("drawings", "dddddddd", "dataset.image_size=16")  # the same, scaled
+    names = {
+        name: len(members)
+        for name, members in runs.by_dataset(runs.comparable(runs.find(client, uri, "folders"))[0]).items()
+    }
+    assert names == {
+        "image_folder photos": 2,
+        "image_folder photos (bbbbbb)": 1,
+        "image_folder drawings": 2,
+    }
+
+
 def test_published_figures_are_marked_where_they_differ_and_have_their_source(folder: Path) -> None:
     text = (folder / "table.txt").read_text()
     _, dml, three, four = text.splitlines()[4:8]
