@@ -365,7 +365,7 @@ def end(error: BaseException | None = None) -> bool:
             if outcome.kind == kind:
                 own = " ".join(part for part in outcome.overrides if part not in common)
                 print(f"{kind} #{outcome.job} {own}: {outcome.reason}")
-    if sweep.tracker is not None and not good:
+    if sweep.tracker is not None and outcomes and not good:
         print("The same command again does what is missing, and nothing twice.")
     return good
 

@@ -34,7 +34,8 @@ class GridSweeper(Sweeper):
     """
 
     def __init__(self, max_batch_size: int | None = None, params: Mapping[str, str] | None = None) -> None:
-        check_number("hydra.sweeper.max_batch_size", max_batch_size or 1, minimum=1, integer=True)
+        if max_batch_size is not None:
+            check_number("hydra.sweeper.max_batch_size", max_batch_size, minimum=1, integer=True)
         self.max_batch_size = max_batch_size
         self.params = params or {}
 
@@ -57,7 +58,7 @@ class GridSweeper(Sweeper):
         jobs = [job for number, job in enumerate(jobs) if number not in senseless]
         expect(jobs, list(senseless.values()))
         results: list[Sequence[JobReturn]] = []
-        size = self.max_batch_size or len(jobs)
+        size = self.max_batch_size or max(1, len(jobs))
         for first in range(0, len(jobs), size):
             results.append(self.launch(jobs[first : first + size], first))
             for result in results[-1]:
