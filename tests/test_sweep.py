@@ -274,6 +274,7 @@ def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path:
     assert sorted(run.data.tags["seed"] for run in runs(tmp_path, "others")) == ["0", "1", "1"]
 
 
+@pytest.mark.slow
 def test_a_run_on_other_images_is_another_run(okddip: Okddip, tmp_path: Path) -> None:
     for seed, root in enumerate(("first", "second")):
         folders_of_images(tmp_path / root, "cat", "dog", seed=seed)
@@ -283,17 +284,16 @@ def test_a_run_on_other_images_is_another_run(okddip: Okddip, tmp_path: Path) ->
 
     def sweep(root: str, place: str) -> list[str]:
         answer = okddip(
-            *("-m", *common, "method=baseline,kd", "seed=0", f"dataset.root={root}"),
+            *("-m", *common, "method=kd", "seed=0", f"dataset.root={root}"),
             f"hydra.sweep.dir=sweeps/{place}",
         )
         assert answer.code == 0, answer.err
         return [kind for _, kind in outcomes(tmp_path / "sweeps" / place)]
 
-    assert sweep("first", "0") == ["finished", "finished"]
-    assert sweep("second", "1") == ["finished", "finished"]
-    assert sweep("moved", "2") == ["finished before", "finished before"]
-    trained = [run.data.params["dataset.root"] for run in runs(tmp_path)]
-    assert trained == ["first", "first", "second", "second"]
+    assert sweep("first", "0") == ["finished"]
+    assert sweep("second", "1") == ["finished"]
+    assert sweep("moved", "2") == ["finished before"]
+    assert [run.data.params["dataset.root"] for run in runs(tmp_path)] == ["first", "second"]
     teachers = runs(tmp_path, "others")
     assert [run.data.params["dataset.root"] for run in teachers] == ["first", "second"]
     assert len({run.data.tags["identity"] for run in teachers}) == 1
@@ -347,6 +347,7 @@ def test_a_working_directory_for_each_job_is_refused_by_name(okddip: Okddip, mod
     assert "Traceback" not in answer.err
 
 
+@pytest.mark.slow
 def test_a_report_on_a_sweep_has_the_runs_that_another_finished(okddip: Okddip, tmp_path: Path) -> None:
     for name, seeds in (("first", "0,1"), ("second", "1,2")):
         answer = okddip("-m", *SMALL, "method=baseline", f"seed={seeds}", f"hydra.sweep.dir={name}")
