@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 import okddip
 from okddip import checkpoint, distributed
 from okddip.data.options import check_options, image_shape
 from okddip.data.sources import Source, Split
-from okddip.errors import ConfigError, check_number
+from okddip.errors import ConfigError, check_choice, check_number
 from okddip.measure import (
     Bench,
     Call,
@@ -113,15 +114,16 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
             **{name: getattr(parts.trainer, name) for name in ("precision", "channels_last", "compile")},
             **{name: getattr(parts.trainer, name) for name in ("batch_size", "eval_batch_size")},
             **shape._asdict(),
-            **(measure(parts, settings) if distributed.ranks() == 1 else measure_ranks(parts, settings)),
         }
+        with parts.trainer.within_memory():
+            report |= measure(parts, settings) if distributed.ranks() == 1 else measure_ranks(parts, settings)
         if settings.peers:
             synthetic.trainer.device = str(parts.trainer.device)  # found already, and said so
             report |= cost_curve(synthetic, build, settings)
         (log_report if distributed.ranks() == 1 else log_ranks)(report)
         if settings.out and distributed.rank() == 0:
-            checkpoint.write_text(Path(settings.out), json.dumps(report, indent=2) + "\n")
-            parts.tracker.log_artifact(Path(settings.out))
+            checkpoint.write_text(Path(str(settings.out)), json.dumps(report, indent=2) + "\n")
+            parts.tracker.log_artifact(Path(str(settings.out)))
         parts.tracker.log(flat_numbers(report), 0)
         for point in report.get("cost", ()):
             structure, peers, numbers = point["structure"], point["peers"], flat_numbers(point)
@@ -143,9 +145,10 @@ def check_settings(settings: DictConfig) -> None:
     check_number("benchmark.repeats", settings.repeats, minimum=1, integer=True)
     check_number("benchmark.warmup", settings.warmup, minimum=1, integer=True)
     check_number("benchmark.seconds", settings.seconds, minimum=0)
-    for key in ("channels", "classes"):
-        if settings[key] is not None:
-            check_number(f"benchmark.{key}", settings[key], minimum=1, integer=True)
+    if settings.channels is not None:
+        check_choice("benchmark.channels", settings.channels, (1, 3))
+    if settings.classes is not None:
+        check_number("benchmark.classes", settings.classes, minimum=1, integer=True)
     if settings.image_size is not None:
         sides = settings.image_size if OmegaConf.is_list(settings.image_size) else [settings.image_size] * 2
         for side in sides:
@@ -258,8 +261,8 @@ def measure(parts: Parts, settings: DictConfig) -> dict[str, Any]:
     pil = PilLoader(parts.dataset, trainer.batch_size)
     bench = Bench(parts)
     # the plain loop gets its batches for nothing
-    images, labels = (x.contiguous() for x in bench.next_batch())
-    eval_images, eval_labels = (x.contiguous() for x in bench.eval_batch)
+    images, labels = (plain(x) for x in bench.next_batch())
+    eval_images, eval_labels = (plain(x) for x in bench.eval_batch)
 
     @torch.no_grad()
     def reference_forward() -> None:
@@ -321,6 +324,11 @@ def measure(parts: Parts, settings: DictConfig) -> dict[str, Any]:
     }
 
 
+def plain(batch: Tensor) -> Tensor:
+    """A contiguous copy; with its strides too where one channel lies the same in all formats."""
+    return torch.empty(batch.shape, dtype=batch.dtype, device=batch.device).copy_(batch)
+
+
 def measure_ranks(parts: Parts, settings: DictConfig) -> dict[str, Any]:
     """Speeds of several ranks, beside those of ranks that do not average their gradients."""
     bench, apart = Bench(parts), Bench(parts, synchronised=False)
@@ -361,30 +369,35 @@ def cost_curve(
             method = {"_target_": "okddip.methods.baseline.Baseline", "peers": 1, "structure": "network"}
         else:
             method = {**config.method, "structure": structure, "peers": peers}
+            if structure == "network" and "rescale" in method:
+                method["rescale"] = False  # networks share nothing whose gradient could be rescaled
         varied = config.copy()
         varied.method = method
         try:
-            bench = Bench(parts := build(varied))
+            points.append({"structure": structure, "peers": peers, **cost(build(varied), settings)})
         except ConfigError as error:
             left_out.append({"structure": structure, "peers": peers, "reason": str(error)})
-            continue
-        calls = {("train", f"{structure} {peers}"): Call(bench.train_step, parts.trainer.batch_size)}
-        modules = [parts.group, parts.method]
-        [speeds] = take_turns(calls, modules, parts.trainer.device, settings).values()
-        points.append(
-            {
-                "structure": structure,
-                "peers": peers,
-                "step_seconds": Spread.of([parts.trainer.batch_size / x for x in speeds])._asdict(),
-                "memory": memory(bench),
-                "flops": count_flops(
-                    Bench(dataclasses.replace(parts, trainer=uncompiled(parts.trainer))), modules
-                ),
-            }
-        )
-        del bench, parts, calls, modules
         gc.collect()
     return {"cost": points, "left_out": left_out}
+
+
+def cost(parts: Parts, settings: DictConfig) -> dict[str, Any]:
+    """Time, memory and operations of a training step.
+
+    Raises:
+        ConfigError: the device's memory is full.
+    """
+    with parts.trainer.within_memory():
+        bench = Bench(parts)
+        modules = [parts.group, parts.method]
+        calls = {("train", str(parts.method.peers)): Call(bench.train_step, parts.trainer.batch_size)}
+        [speeds] = take_turns(calls, modules, parts.trainer.device, settings).values()
+        eager = Bench(dataclasses.replace(parts, trainer=uncompiled(parts.trainer)))
+        return {
+            "step_seconds": Spread.of([parts.trainer.batch_size / x for x in speeds])._asdict(),
+            "memory": memory(bench),
+            "flops": count_flops(eager, modules),
+        }
 
 
 def device_name(device: torch.device) -> str:

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +26,7 @@ from okddip.tasks import Parts
 from okddip.trainer import PRECISIONS, Trainer
 
 aten = torch.ops.aten
+VALUES = (Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__)
 HOST_READS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product shows the machine's peak
 
@@ -222,14 +224,38 @@ def count_flops(bench: Bench, modules: Sequence[nn.Module]) -> int:
     return counter.get_total_flops()
 
 
+class ReadsOfValues(TorchFunctionMode):
+    """Counts calls that read a tensor on the host, and on the CPU take no operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.number += func in VALUES
+        return func(*args, **(kwargs or {}))
+
+
 class Operators(TorchDispatchMode):
-    """Counts operators, and those for which the host would wait for the device or copy between devices."""
+    """Counts operators, and reads for which the host would wait for the device or copy between devices."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
         self.detaches = 0
         self.host_reads = 0
+        self.values = ReadsOfValues()
+
+    def __enter__(self) -> "Operators":
+        self.values.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.values.__exit__(*error)
+        self.host_reads += self.values.number
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

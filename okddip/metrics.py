@@ -1,5 +1,6 @@
 """Accuracy, losses and diversity: summed on the device over an epoch, read back once at its end."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,6 +118,22 @@ def entries(name: str, value: float | list[list[float]]) -> list[tuple[str, floa
         for row, numbers in enumerate(value)
         for column, entry in enumerate(numbers)
     ]
+
+
+def sent_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Send values to the host without waiting for the device; the result waits, and returns them."""
+    if tensor.device.type != "cuda":
+        copy = tensor.clone()
+        return lambda: copy
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    sent = torch.cuda.Event()
+    sent.record()
+
+    def values() -> Tensor:
+        sent.synchronize()
+        return copy
+
+    return values
 
 
 def broken_losses(sums: Sums) -> list[str]:

@@ -20,7 +20,7 @@ from torchvision import transforms
 from okddip.data.dataset import Dataset
 from okddip.methods.base import Method
 from okddip.methods.okddip import OKDDip
-from okddip.models.group import GroupOutput, PeerGroup
+from okddip.models.group import GroupOutput, PeerGroup, rescale_gradient
 
 # total loss, its parts, logits [B, K] of each predictor
 Result = tuple[Tensor, list[Tensor], list[Tensor]]
@@ -30,11 +30,14 @@ class Reference:
     """Copies of a group and a method, trained by the plain loop.
 
     The losses of OKDDip are computed peer by peer, as its paper has them (attention, aggregated logits, KL);
-    those of other methods as `Method` computes them, and only what is around them is plain.
+    those of other methods, and of OKDDip with other switches, as `Method` computes them, and only what is
+    around them is plain.
     """
 
     def __init__(self, group: PeerGroup, method: Method) -> None:
         self.group = copy.deepcopy(group).to(memory_format=torch.contiguous_format)
+        for teacher in self.group.teacher:
+            teacher.to(memory_format=torch.contiguous_format)
         self.method = copy.deepcopy(method)
         # the paper's optimizer and numbers
         self.optimizer = torch.optim.SGD(
@@ -64,26 +67,34 @@ class Reference:
         peers = predictions[: self.method.auxiliary]
         return numbers | ({"diversity": read_diversity(peers)} if len(peers) > 1 else {})
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """Images [B, C, H, W] to each peer's logits [B, K] and features [B, D], and the trunk's output."""
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+        """Images [B, C, H, W] to the peers' logits and features, the trunk's output, the teacher's logits."""
         logits, features = [], []
         trunk = self.group.trunk(images) if self.group.structure == "branch" else None
+        if trunk is not None and self.group.rescale:
+            trunk = rescale_gradient(trunk, 1 / len(self.group.peers))
         peers: Any = self.group.peers
         for peer in peers:
             feature = peer.head(peer.trunk(images) if trunk is None else trunk)
             features.append(feature)
             logits.append(peer.classifier(feature))
-        return logits, features, trunk
-
-    def losses(self, images: Tensor, labels: Tensor, ramp: Tensor) -> Result:
-        logits, features, trunk = self.forward(images)
-        if isinstance(self.method, OKDDip):
-            return okddip_losses(self.method, logits, features, labels, ramp)
         with torch.no_grad():
             teacher = self.group.teacher[0](images) if self.group.teacher else None
+        return logits, features, trunk, teacher
+
+    def losses(self, images: Tensor, labels: Tensor, ramp: Tensor) -> Result:
+        logits, features, trunk, teacher = self.forward(images)
+        if isinstance(self.method, OKDDip) and is_the_authors(self.method):
+            return okddip_losses(self.method, logits, features, labels, ramp)
         output = GroupOutput(torch.stack(logits), torch.stack(features), trunk, teacher)
         losses = self.method(output, labels, ramp)
         return losses.total, list(losses.parts.values()), list(losses.predictions.unbind())
+
+
+def is_the_authors(method: OKDDip) -> bool:
+    """Whether `okddip_losses` computes what the method does."""
+    usual = method.loss == "kl" and method.aggregate == "logits" and method.include_self
+    return usual and not method.detach_targets
 
 
 def okddip_losses(

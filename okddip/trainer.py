@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
-# A loss that is not finite stops the run, but not by a wait for the device in each step.
+# A loss that is not finite stops the run, but not by a wait for the device: what is looked at was sent by the
+# device so many steps before.
 STEPS_BETWEEN_CHECKS = 50
 
 
@@ -123,6 +124,11 @@ class Trainer:
             raise ConfigError(
                 "trainer.sync_batch_norm=true: PyTorch synchronises batch norm on CUDA only. On the CPU each"
                 " rank normalises its own share of a batch."
+            )
+        if precision == "fp16" and not fused:
+            log.warning(
+                "trainer.precision=fp16, trainer.fused=false: the host waits for the device in each step, to"
+                " learn whether gradients have overflowed. With trainer.fused=true it does not."
             )
         self.precision = ("bf16" if on_cuda else "fp32") if precision == "auto" else precision
         self.channels_last = channels_last
@@ -299,12 +305,14 @@ class Trainer:
         """
         group.train()
         method.train()
-        sums = None
+        sums = broken = None
         for number, (images, labels) in enumerate(batches, 1):
             batch_sums = self.train_step(step, optimizer, scaler, images, labels, ramp)
             sums = metrics.accumulate(sums, batch_sums)
             if number % STEPS_BETWEEN_CHECKS == 0:
-                refuse_broken_losses(sums, epoch)
+                if broken is not None:
+                    refuse_broken_losses({**sums, "broken": broken()}, epoch)
+                broken = metrics.sent_to_host(sums["broken"])
         if sums is None:
             raise ConfigError(
                 "The training set gives no batch: it needs at least two images that can be read."

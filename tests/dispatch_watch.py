@@ -6,6 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from okddip.measure import ReadsOfValues
+
 aten = torch.ops.aten
 
 
@@ -33,6 +35,16 @@ class HostReads(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
         self.operators = 0
+        self.values = ReadsOfValues()
+
+    def __enter__(self) -> "HostReads":
+        self.values.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.values.__exit__(*error)
+        self.found += ["a read of values"] * self.values.number
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operators += 1

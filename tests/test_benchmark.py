@@ -4,13 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 from conftest import Answer
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from okddip.benchmark import Shape, with_synthetic_images
+from okddip.benchmark import Shape, shape_of, with_synthetic_images
 from okddip.main import CONFIG_HOME, build
 from okddip.measure import Bench, Operators, Spread, count
 from okddip.reference import PilLoader, Reference
@@ -76,6 +78,11 @@ def test_the_reference_dispatches_as_much_as_the_authors_loop(parts: BuildParts)
         ["method=dml"],
         ["method=one"],
         ["method=baseline"],
+        ["method=cl_ilr"],
+        ["method.loss=ce"],
+        ["method.include_self=false"],
+        ["method.aggregate=probabilities"],
+        ["method.detach_targets=true"],
     ],
 )
 def test_the_reference_trains_the_same_networks_to_the_same_weights(
@@ -158,6 +165,30 @@ def test_no_step_reads_back_from_the_device(
         assert counted["host_reads"] == 0
 
 
+@pytest.mark.parametrize("overrides", [[], ["trainer.gradient_clip=1"], ["optimizer=adamw"]])
+def test_no_scaled_step_of_a_fused_optimizer_reads_back(parts: BuildParts, overrides: list[str]) -> None:
+    built = parts("trainer.precision=fp16", "model=resnet8", "trainer.batch_size=8", *overrides)
+    assert count(Bench(built).train_step, [built.group, built.method], training=True)["host_reads"] == 0
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_networks_work_in_the_memory_format_that_is_asked_for(
+    configured: Callable[..., DictConfig], channels: int, channels_last: bool
+) -> None:
+    config = configured("tracking=none", "trainer.device=cpu", "model=resnet8", "trainer.batch_size=8")
+    config.trainer.channels_last = channels_last
+    built = build(with_synthetic_images(config, Shape((8, 8), channels, 10), {}))
+    bench = Bench(built)
+    formats = set()
+    for module in built.group.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: formats.add(output.stride(1) == 1))
+    bench.train_step()
+    bench.evaluate()
+    assert formats == {channels_last}
+
+
 @pytest.mark.parametrize(
     ("read", "expected"),
     [
@@ -167,6 +198,10 @@ def test_no_step_reads_back_from_the_device(
         (lambda x: x[x > 0], 1),
         (lambda x: x.masked_select(x > 0), 1),
         (lambda x: x.to("meta"), 1),
+        (lambda x: x.tolist(), 1),
+        (lambda x: x.cpu(), 1),
+        (lambda x: x.numpy(), 1),
+        (lambda x: np.asarray(x), 1),
         (lambda x: x[torch.tensor([0, 2])], 0),
         (lambda x: torch.where(x > 0, x, 0), 0),
     ],
@@ -175,6 +210,13 @@ def test_host_reads_are_counted(read: Callable[[Tensor], object], expected: int)
     with Operators() as operators:
         read(torch.tensor([1.0, -1.0, 2.0]))
     assert operators.host_reads == expected
+
+
+def test_networks_have_a_cost_curve_where_branches_rescale(okddip: Okddip, tmp_path: Path) -> None:
+    answer = okddip(*SMALL, "method=cl_ilr", "tracking=none", "benchmark.peers=[2]", "benchmark.out=5")
+    assert answer.code == 0, answer.err
+    points = json.loads((tmp_path / "5").read_text())["cost"]
+    assert [point["structure"] for point in points] == ["baseline", "branch", "network"]
 
 
 def test_the_spread_is_the_median_with_its_quartiles() -> None:
@@ -233,6 +275,22 @@ def test_a_teacher_settles_the_shape_of_the_images(okddip: Okddip, tmp_path: Pat
         assert counted["okddip"]["host_reads"] == 0
 
 
+def test_the_reference_has_the_teacher_too(configured: Callable[..., DictConfig], teacher: Path) -> None:
+    config = configured("task=benchmark", "method=kd", f"method.teacher={teacher}", "tracking=none")
+    shape, learned = shape_of(config)
+    built = build(with_synthetic_images(config, shape, learned))
+    bench, reference = Bench(built), Reference(built.group, built.method)
+    built.group.eval()
+    reference.group.eval()
+    flops = []
+    for forward in (bench.forward, lambda: reference.forward(bench.eval_batch[0])):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            forward()
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1]
+    assert all(weight.is_contiguous() for weight in reference.group.teacher[0].parameters())
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -243,6 +301,7 @@ def test_a_teacher_settles_the_shape_of_the_images(okddip: Okddip, tmp_path: Pat
         (["benchmark.peers=[0]"], "benchmark.peers=0: must be a whole number at least 1"),
         (["benchmark.image_size=[8,8,8]"], "must be one number, or [height, width]"),
         (["benchmark.image_size=-8"], "benchmark.image_size=-8: must be a whole number at least 1"),
+        (["benchmark.channels=5"], "benchmark.channels=5: must be one of 1, 3"),
         (["benchmark.classes=0"], "benchmark.classes=0: must be a whole number at least 1"),
         (["benchmark.out=nowhere/numbers.json"], "benchmark.out=nowhere/numbers.json: cannot be written"),
         (["trainer.batch_size=0"], "trainer.batch_size=0: must be a whole number at least 1"),

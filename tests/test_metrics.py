@@ -83,3 +83,10 @@ def test_calibration_error_is_the_weighted_gap_of_each_bin_of_confidence() -> No
     # first: in (0.5, 0.6] confidence 0.55, accuracy 1/2; 0.9 in (0.8, 0.9] and 0.95 in (0.9, 1] both right
     # second: confidence 1, accuracy 3/4
     assert errors.tolist() == pytest.approx([(2 * 0.05 + 0.1 + 0.05) / 4, 0.25], abs=1e-6)
+
+
+def test_values_sent_to_the_host_are_those_of_the_moment() -> None:
+    tensor = torch.tensor([1, 2])
+    values = metrics.sent_to_host(tensor)
+    tensor += 1
+    assert values().tolist() == [1, 2]

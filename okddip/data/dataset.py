@@ -90,6 +90,7 @@ class Dataset:
         self.flip = flip
         self.on_device = on_device
         self.device_share = device_share
+        self._fitting: dict[torch.device, bool] = {}
 
     def train_loader(
         self,
@@ -148,9 +149,11 @@ class Dataset:
     def _fits(self, device: torch.device) -> bool:
         if self.on_device != "auto" or device.type != "cuda":
             return bool(self.on_device)
-        size = sum(split.images.nbytes for split in self.splits.values())
-        free, _ = torch.cuda.mem_get_info(device)
-        return size <= self.device_share * free
+        if device not in self._fitting:  # once for all splits, before the first takes its memory
+            size = sum(split.images.nbytes for split in self.splits.values())
+            free, _ = torch.cuda.mem_get_info(device)
+            self._fitting[device] = size <= self.device_share * free
+        return self._fitting[device]
 
 
 def check_source(name: str, source: Source) -> None:

@@ -77,7 +77,7 @@ class _Loader:
         """The images [B, H, W, C] and labels [B] at `indices`, on the device; never waits for it."""
         if self.on_device:
             return self.images.index_select(0, indices), self.labels.index_select(0, indices)
-        # gathered into page-locked memory, from where the copy runs beside the computation; the
+        # gathered into page-locked memory, for whose copy the host does not wait; the
         # allocator hands the buffer out again only after the copy
         images = torch.empty(len(indices), *self.images.shape[1:], dtype=torch.uint8, pin_memory=True)
         labels = torch.empty(len(indices), dtype=torch.int64, pin_memory=True)

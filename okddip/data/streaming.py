@@ -189,7 +189,7 @@ class Files(NamedTuple):
 
 
 class StreamingLoader:
-    """Batches decoded ahead by workers, copied to the device beside the computation and normalised there.
+    """Batches decoded ahead by workers, copied to the device without a wait and normalised there.
 
     Args:
         seed: None for all images in order.

@@ -203,3 +203,6 @@ def test_images_are_kept_on_a_gpu_if_they_take_a_small_enough_share(
     size = 60 * 8 * 6 * 3
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * size, 100 * size))
     assert dataset._fits(torch.device("cuda")) is expected
+    # the other splits go where the first went, which has taken memory
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size // 2, 100 * size))
+    assert dataset._fits(torch.device("cuda")) is expected
