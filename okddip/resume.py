@@ -115,9 +115,9 @@ def find(config: DictConfig, folder: Path) -> Found:
     """Find what `trainer.resume` names.
 
     `auto` is the newest run with this very configuration and these images among the neighbours of `folder`,
-    or else of those in the store that are on this machine, if there is one. Else a run is named by its
-    folder, by its `last.pt`, or as `runs:/ID`; and a checkpoint that lies in no run's folder by its path.
-    What Slurm requeued or torchrun restarted goes on, before all that, with the run that it began itself.
+    or else of the unfinished ones in the store that are on this machine, if there is one. Else a run is named
+    by its folder, by its `last.pt`, or as `runs:/ID`; and a checkpoint that lies in no run's folder by its
+    path. What Slurm requeued or torchrun restarted goes on, before all that, with the run it began itself.
 
     Raises:
         ConfigError: there is no such run.
@@ -292,7 +292,7 @@ def newest(config: DictConfig, folder: Path, *, of_this_job: bool = False) -> Pa
 
 
 def newest_in_store(config: DictConfig) -> Path | None:
-    """The folder of the run that the store knows as last begun with this configuration, if it is here.
+    """The folder on this machine of the unfinished run that the store has for this configuration.
 
     Raises:
         ConfigError: the store cannot be opened.
@@ -302,7 +302,9 @@ def newest_in_store(config: DictConfig) -> Path | None:
     wanted = identity(config)
     for run in tracker.find({"identity": wanted}):
         folder = Path(run.data.tags.get("folder", ""))
-        if (folder / "run.json").exists() and identity_of(folder) == wanted:
+        if run.info.status == "FINISHED" or not (folder / "run.json").exists():
+            continue
+        if identity_of(folder) == wanted:
             known = noted(folder).get("data")
             if known is None or known == fingerprint(digests(config)):
                 return folder
