@@ -11,12 +11,16 @@ import datetime
 import io
 import logging
 import os
+import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from okddip.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +38,10 @@ TIMEOUT = datetime.timedelta(minutes=10)
 # other before its message is out.
 PATIENCE = 20.0
 
+# What a process needs of torchrun to be one of several
+SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_agents: list[str] = []
 _stores: list[torch.distributed.Store] = []  # of this process's group, where a failure is noted
 _warnings: list[str] = []  # of this rank, since `pass_on_warnings`
 _awaited: collections.Counter[str] = collections.Counter()  # events of `_wait_for`
@@ -47,6 +55,55 @@ def rank() -> int:
 def ranks() -> int:
     """How many processes train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def ranks_on_this_machine() -> int:
+    """With how many this process shares the cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks() > 1 else 1
+
+
+def check_environment() -> None:
+    """Refuse what some job schedulers leave in the environment, and what would hang.
+
+    Raises:
+        ConfigError: names the variables.
+    """
+    if ranks() == 1:
+        return
+    if missing := [name for name in SET_BY_TORCHRUN if name not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE={ranks()}: asks for several processes, but {', '.join(missing)} are not set. Start"
+            " with torchrun, which does; or, for one process, unset WORLD_SIZE."
+        )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    agents_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if ranks_on_this_machine() < ranks() and restarts and agents_store:
+        raise ConfigError(
+            f"--max-restarts={restarts}: on several machines torchrun would give restarted ranks the"
+            " addresses of those before, for which they would wait. Set"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for all, or leave --max-restarts out."
+        )
+
+
+def agents() -> list[str]:
+    """The torchrun processes that started the ranks; those that are left are the same after a restart."""
+    return _agents or ([_agent()] if "TORCHELASTIC_RUN_ID" in os.environ else [])
+
+
+def _agent() -> str:
+    parent = os.getppid()
+    try:  # numbers of processes are used again
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):  # not Linux
+        started = ""
+    words = [
+        "torchrun",
+        os.environ.get("TORCHELASTIC_RUN_ID", ""),
+        socket.gethostname(),
+        str(parent),
+        started,
+    ]
+    return "-".join(words).replace(" ", "_")
 
 
 def local_rank() -> int:
@@ -109,7 +166,9 @@ def process_group() -> Iterator[None]:
     if rank() > 0:
         program.setLevel(logging.WARNING)
     try:
+        _agents[:] = sorted(set(_gathered(_agent())))
         yield
+        _end_together(store)
     except Exception:
         if note_failure(store) == rank():
             raise
@@ -139,6 +198,47 @@ def another_failed() -> bool:
         return True
 
 
+def _end_together(store: torch.distributed.Store) -> None:
+    """Wait for rank 0, which may still upload files, and let it wait until all know that it has done so."""
+    if rank() == 0:
+        store.add("end", 1)
+        _wait_for("end_seen", ranks() - 1)
+    else:
+        _wait_for("end")
+        store.add("end_seen", 1)
+
+
+def _gathered(value: T) -> list[T]:
+    """What each rank gives, in the order of ranks."""
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """See that all ranks have the same facts.
+
+    Raises:
+        ConfigError: names the rank and what differs.
+    """
+    if ranks() == 1:
+        return
+    first, *others = _gathered(dict(facts))
+    for number, theirs in enumerate(others, 1):
+        different = [
+            f"{key} is {theirs.get(key, 'absent')} there and {first.get(key, 'absent')} on rank 0"
+            for key in sorted(first.keys() | theirs.keys())
+            if first.get(key) != theirs.get(key)
+        ]
+        if different:
+            raise ConfigError(
+                f"Rank {number} would train another run than rank 0: {'; '.join(different)}. Start all with"
+                " the same command, on the same code and the same data."
+            )
+
+
 def from_rank_0(function: Callable[[], T]) -> T:
     """Call a function on rank 0 alone, and give all ranks what it returns."""
     if ranks() == 1:
@@ -159,10 +259,7 @@ def pass_on_warnings() -> None:
     """Let rank 0 log what other ranks have warned of since the last time, and it has not."""
     if ranks() == 1:
         return
-    import torch.distributed as dist
-
-    gathered: list[list[str]] = [[] for _ in range(ranks())]
-    dist.all_gather_object(gathered, _warnings)
+    gathered = _gathered(_warnings)
     if rank() == 0:
         for other, messages in enumerate(gathered):
             for message in messages:

@@ -434,6 +434,7 @@ def cli() -> None:
     try:
         with distributed.rank_0_speaks():
             try:
+                distributed.check_environment()
                 check_choices(sys.argv[1:])
             except ConfigError as error:
                 print(error, file=sys.stderr)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from okddip.errors import ConfigError
 from okddip.methods.base import Losses, Method
 
 Sums = dict[str, Tensor]
@@ -91,9 +92,14 @@ def read(sums: Sums, method: Method) -> dict[str, float]:
 
     `top1` without a predictor is the primary predictor's; `mean/top1` is the mean of the accuracies of the
     peers that `Method.auxiliary` counts.
+
+    Raises:
+        ConfigError: there was no image.
     """
     values: dict[str, Any] = {name: value.tolist() for name, value in sums.items()}
     images: int = values.pop("images")
+    if images == 0:
+        raise ConfigError("A split has no image that can be read.")
     del values["broken"]
     metrics: dict[str, float] = {}
     for name, value in values.items():

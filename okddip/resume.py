@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from okddip import checkpoint, sweep
+from okddip import checkpoint, distributed, sweep
 from okddip.checkpoint import KEYS, TRAINING_KEYS
 from okddip.data.dataset import Dataset
 from okddip.errors import ConfigError, check_number
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # What may differ between two runs that are the same run: where things are and how they are logged; and what
 # several methods share, which counts where a method takes it.
 PLACES = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.", "methods.")
+SLURM = "slurm-"
 PLACES_OF_DATA = ("root", "cache_dir")
 
 
@@ -125,8 +126,7 @@ def find(config: DictConfig, folder: Path) -> Found:
     reference = config.trainer.resume
     if reference is not None and not (isinstance(reference, str) and reference):
         raise ConfigError(f"trainer.resume={reference}: must be null, auto, a path or runs:/ID.")
-    restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-    if any(count != "0" for count in restarts) and (begun := newest(config, folder, of_this_job=True)):
+    if own_jobs() and (begun := newest(config, folder, of_this_job=True)):
         return Found(begun)
     if reference is None:
         return Found()
@@ -171,7 +171,7 @@ def new(config: DictConfig, folder: Path) -> Run:
     run = Run(folder)
     with checkpoint.writing(folder):
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was cut off before a checkpoint
-    note(run, identity=identity(config), job=job())
+    note(run, identity=identity(config), job=" ".join(sorted(jobs())))
     return run
 
 
@@ -192,7 +192,9 @@ def take_up(config: DictConfig, folder: Path, tracking_id: str | None) -> Run:
         for leftover in [*folder.glob("*.new"), *folder.glob("*.tmp")]:
             leftover.unlink()
     complete_metrics(run)
-    note(run, identity=identity(config), job=job())  # the identity of a longer run is a new one
+    note(
+        run, identity=identity(config), job=" ".join(sorted(jobs()))
+    )  # the identity of a longer run is a new one
     return run
 
 
@@ -263,13 +265,21 @@ def noted(folder: Path) -> dict[str, str]:
         return {}
 
 
-def job() -> str:
+def jobs() -> set[str]:
     """What stays the same when Slurm requeues or torchrun restarts this process; empty for neither."""
-    if slurm := os.environ.get("SLURM_JOB_ID"):
-        return f"slurm {slurm}"
-    if torchrun := os.environ.get("TORCHELASTIC_RUN_ID"):
-        return f"torchrun {torchrun} {os.getppid()}"  # the name is "none" where the user gives none
-    return ""
+    slurm = os.environ.get("SLURM_JOB_ID")
+    return {*distributed.agents(), *([f"{SLURM}{slurm}"] if slurm else [])}
+
+
+def own_jobs() -> set[str]:
+    """Those of `jobs` whose runs this process has begun, if there are any.
+
+    Of several machines, torchrun counts restarts on that alone where a process was killed; so where there are
+    ranks, its count is not asked.
+    """
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    restarted = distributed.ranks() > 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return {job for job in jobs() if (requeued if job.startswith(SLURM) else restarted)}
 
 
 def newest(config: DictConfig, folder: Path, *, of_this_job: bool = False) -> Path | None:
@@ -284,7 +294,7 @@ def newest(config: DictConfig, folder: Path, *, of_this_job: bool = False) -> Pa
     wanted = identity(config)
     same = [path for path in notes if identity_of(path.parent) == wanted]
     if of_this_job:
-        same = [path for path in same if noted(path.parent).get("job") == job() != ""]
+        same = [path for path in same if own_jobs() & set(noted(path.parent).get("job", "").split())]
     elif any("data" in noted(path.parent) for path in same):
         ours = fingerprint(digests(config))
         same = [path for path in same if noted(path.parent).get("data", ours) == ours]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
@@ -53,6 +54,8 @@ def train(
     Returns:
         Top-1 of the primary predictor after the last epoch, in percent.
     """
+    versions = {"okddip": okddip.__version__, "torch": torch.__version__}
+    distributed.agree(versions | resume.settings(config))
     folder = teacher_folder or Path(HydraConfig.get().runtime.output_dir)
     parting: AbstractContextManager[list[resume.Run]] = (
         nullcontext([]) if teacher_folder else how_to_go_on(config)
@@ -61,6 +64,7 @@ def train(
         begun.append(run)
         parts = build(config)
         digests = {split: parts.dataset.digest(split) for split in parts.dataset.sizes}
+        distributed.agree({f"the digest of its {split} images": word for split, word in digests.items()})
         resume.refuse_other_data(run, parts.dataset, digests)
         if distributed.rank() == 0:
             resume.note(run, data=resume.fingerprint(digests))

@@ -264,30 +264,90 @@ cli()
     assert err.count("Could not override 'trainer.batchsize'") == 1, err
 
 
-@pytest.mark.slow
-def test_two_machines_train_one_group(tmp_path: Path) -> None:
+def launch(*overrides: str, restarts: int = 0) -> list[subprocess.Popen[str]]:
+    """Two launchers of one rank each, as on two machines; the last override is that of one of them alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    machines = [
+    return [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
-                *("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"),
-                *("-m", "okddip.main", *SMALL, "trainer.epochs=2"),
+                *("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", f"--max-restarts={restarts}"),
+                *("-m", "okddip.main", *SMALL, *own),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for _ in range(2)
+        for own in (overrides[:-1], overrides)
     ]
+
+
+@pytest.mark.slow
+def test_two_machines_train_one_group(tmp_path: Path) -> None:
+    machines = launch("trainer.epochs=2", "name=${options.method}${method.peers}-x")
     said = [machine.communicate(timeout=240) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert sorted("epoch 2/2" in out for out, _ in said) == [False, True]
     assert epochs_done(tmp_path) == 2
     [tracked] = tracked_runs(tmp_path)
     assert tracked.info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_machines_with_other_settings_are_refused(tmp_path: Path) -> None:
+    machines = launch("tracking=none", "trainer.epochs=2", "seed=5")
+    said = "".join(err for _, err in (machine.communicate(timeout=240) for machine in machines))
+    assert [machine.returncode for machine in machines] == [1, 1], said
+    assert said.count("Rank 1 would train another run than rank 0: ") == 1, said
+    assert "seed is " in said
+    assert not list(tmp_path.glob("outputs/*/*/last.pt"))
+
+
+@pytest.mark.slow
+def test_a_run_of_two_machines_goes_on_whichever_rank_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines = launch("tracking=none", "trainer.epochs=8", "trainer.tf32=true", restarts=2)
+    said = "".join(err for _, err in (machine.communicate(timeout=240) for machine in machines))
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for all" in said
+
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    machines = launch("tracking=none", "trainer.epochs=8", "trainer.tf32=true", restarts=2)
+    wait_for(lambda: epochs_done(tmp_path) >= 2)
+    ranks = [worker for machine in machines for worker in workers(machine.pid)]
+    [second] = [worker for worker in ranks if worker.environ()["RANK"] == "1"]
+    second.send_signal(signal.SIGKILL)
+    said = [machine.communicate(timeout=240) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "goes on after epoch" in "".join(out for out, _ in said)
+    assert epochs_done(tmp_path) == 8
+    assert len(list(tmp_path.glob("outputs/*/*/metrics.jsonl"))) == 1
+
+
+def test_several_processes_without_torchrun_are_refused(
+    okddip: Okddip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    answer = okddip(*SMALL, "tracking=none")
+    assert answer.code == 1
+    assert "WORLD_SIZE=2: asks for several processes, but RANK, LOCAL_RANK" in answer.err
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.slow
+def test_a_split_without_a_readable_image_is_named_by_ranks_too(images: Path) -> None:
+    for path in (images / "val").glob("*/*.jpg"):
+        path.write_bytes(b"no image at all")
+    answer = run(
+        2,
+        *(*STREAMED, f"dataset.root={images}", "dataset.bad_images=skip", "model=resnet8", "tracking=none"),
+        *("method.peers=3", "trainer.batch_size=8", "trainer.epochs=1"),
+    )
+    assert answer.code == 1
+    assert answer.err.count("no image that can be read") == 1, answer.err
+    assert "ZeroDivisionError" not in answer.err
 
 
 def test_a_failure_elsewhere_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

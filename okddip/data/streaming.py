@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 from torchvision.transforms import v2
 
+from okddip import distributed
 from okddip.data.augment import Normalization, normalization, normalize
 from okddip.data.folder import printable, read_image, scale_and_crop, scan
 from okddip.data.loader import ALL, Share, batch_seed, seed_of
@@ -105,7 +106,8 @@ class StreamingDataset:
         self.image_size = (image_size, image_size)
         self.sizes = {split: len(part.labels) for split, part in self.splits.items()}
         self.mean, self.std = tuple(mean), tuple(std)
-        self.workers = min(workers, len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0)) // distributed.ranks_on_this_machine()
+        self.workers = min(workers, max(1, cores))
         self.bad_images = bad_images
         self.train_transform = v2.Compose(
             [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(0.5 if flip else 0.0)]
