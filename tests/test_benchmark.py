@@ -212,6 +212,7 @@ def test_host_reads_are_counted(read: Callable[[Tensor], object], expected: int)
     assert operators.host_reads == expected
 
 
+@pytest.mark.slow
 def test_networks_have_a_cost_curve_where_branches_rescale(okddip: Okddip, tmp_path: Path) -> None:
     answer = okddip(*SMALL, "method=cl_ilr", "tracking=none", "benchmark.peers=[2]", "benchmark.out=5")
     assert answer.code == 0, answer.err

@@ -256,6 +256,7 @@ def test_a_job_gives_the_weights_that_it_gives_alone(okddip: Okddip, tmp_path: P
     assert are_the_same(weights(tmp_path / "sweep" / "kd1"), weights(tmp_path / "alone_kd"))
 
 
+@pytest.mark.slow
 def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path: Path) -> None:
     common = (*SMALL, "methods.teacher=auto", "methods.teacher_model=resnet14")
     assert okddip("-m", *common, "method=kd", "method.temperature=2,3", "hydra.sweep.dir=kd").code == 0
@@ -299,6 +300,7 @@ def test_a_run_on_other_images_is_another_run(okddip: Okddip, tmp_path: Path) ->
     assert len({run.data.tags["identity"] for run in teachers}) == 1
 
 
+@pytest.mark.slow
 def test_a_whole_number_is_the_same_setting_however_it_is_written(okddip: Okddip, tmp_path: Path) -> None:
     common = ("-m", *SMALL, "method=okddip", "seed=0")
     for place, temperature in (("first", "3"), ("second", "3.0")):

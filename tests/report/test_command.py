@@ -41,6 +41,7 @@ def printed_command(answer: Answer) -> list[str]:
     return shlex.split(command)
 
 
+@pytest.mark.slow
 def test_a_job_of_a_sweep_gets_the_command_of_its_own(
     okddip: Okddip, configured: Callable[..., DictConfig], store: MlflowClient, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_a_row_a_group_with_mean_deviation_and_interval(folder: Path) -> None:
     assert "2  93.50 ± 0.71  94.00 ± 0.71  +0.50 [-1.99, +2.99] unpaired" in dml
 
 
+@pytest.mark.slow
 def test_ablations_are_named_and_compared_with_the_whole_method(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = mlflow.MlflowClient(uri)
@@ -240,6 +241,7 @@ def test_a_parent_run_gets_the_report_as_artifacts(uri: str, tmp_path: Path) -> 
     assert "left out: 1 (1 FAILED)" in (tmp_path / "report" / "table.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_description_of_a_parent_run_has_the_report_below_what_people_wrote(
     uri: str, tmp_path: Path
 ) -> None:
