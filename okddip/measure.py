@@ -225,16 +225,17 @@ def count_flops(bench: Bench, modules: Sequence[nn.Module]) -> int:
 
 
 class ReadsOfValues(TorchFunctionMode):
-    """Counts calls that read a tensor on the host, and on the CPU take no operator."""
+    """Lists calls that read a tensor on the host, and on the CPU take no operator."""
 
-    def __init__(self) -> None:
+    def __init__(self, found: list[str]) -> None:
         super().__init__()
-        self.number = 0
+        self.found = found
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.number += func in VALUES
+        if func in VALUES:
+            self.found.append(func.__name__)
         return func(*args, **(kwargs or {}))
 
 
@@ -245,8 +246,8 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.total = 0
         self.detaches = 0
-        self.host_reads = 0
-        self.values = ReadsOfValues()
+        self.found: list[str] = []  # the reads
+        self.values = ReadsOfValues(self.found)
 
     def __enter__(self) -> "Operators":
         self.values.__enter__()
@@ -255,7 +256,10 @@ class Operators(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.values.__exit__(*error)
-        self.host_reads += self.values.number
+
+    @property
+    def host_reads(self) -> int:
+        return len(self.found)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -269,7 +273,8 @@ class Operators(TorchDispatchMode):
             isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
             for index in tree_leaves(args[1])
         )
-        self.host_reads += packet in HOST_READS or masked or len(devices) > 1
+        if packet in HOST_READS or masked or len(devices) > 1:
+            self.found.append(str(func))
         return result
 
 

@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 # What may differ between two runs that are the same run: where things are and how they are logged; and what
 # several methods share, which counts where a method takes it.
 PLACES = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.", "methods.")
-SLURM = "slurm-"
 PLACES_OF_DATA = ("root", "cache_dir")
+
+SLURM = "slurm-"  # a job of Slurm's among `jobs`
 
 
 @dataclass
@@ -171,7 +172,7 @@ def new(config: DictConfig, folder: Path) -> Run:
     run = Run(folder)
     with checkpoint.writing(folder):
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was cut off before a checkpoint
-    note(run, identity=identity(config), job=" ".join(sorted(jobs())))
+    sign(run, config)
     return run
 
 
@@ -192,9 +193,7 @@ def take_up(config: DictConfig, folder: Path, tracking_id: str | None) -> Run:
         for leftover in [*folder.glob("*.new"), *folder.glob("*.tmp")]:
             leftover.unlink()
     complete_metrics(run)
-    note(
-        run, identity=identity(config), job=" ".join(sorted(jobs()))
-    )  # the identity of a longer run is a new one
+    sign(run, config)  # the identity of a longer run is a new one
     return run
 
 
@@ -242,6 +241,11 @@ def adopt(config: DictConfig, folder: Path, path: Path, tracking_id: str | None)
         (folder / "last.new").replace(folder / "last.pt")
         checkpoint.sync_folder(folder)
     return run
+
+
+def sign(run: Run, config: DictConfig) -> None:
+    """Write down what a run is, and which jobs began it or went on with it."""
+    note(run, identity=identity(config), job=" ".join(sorted(jobs())))
 
 
 def note(run: Run, **facts: str) -> None:

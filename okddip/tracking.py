@@ -47,8 +47,9 @@ CONTEXT = "mlflow.data.context"  # the tag of a data set that says what it is fo
 
 # limits of MLflow's requests
 MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 250, 6000, 8000, 36
-EXACT = 2.0**53  # up to here a float holds every whole number
 MAX_PARAMS, MAX_TAGS, MAX_METRICS = 100, 100, 1000
+
+EXACT = 2.0**53  # up to here a float holds every whole number
 
 ALLOWED_URIS = (
     "sqlite:///FILE in a folder that exists and can be written, the address of a running MLflow server "

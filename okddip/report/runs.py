@@ -152,11 +152,10 @@ def by_dataset(chosen: Sequence["Run"]) -> dict[str, list["Run"]]:
         tested = tested_on(run)
         same = (known for known in groups if same_images(known, tested))
         groups.setdefault(next(same, tested), []).append(run)
-    options = Counter(tested.option for tested in groups)
     named: dict[str, list[Run]] = {}
     for tested, members in groups.items():
         name = tested.option
-        if name in FOLDERS or options[name] > 1:
+        if tested.place:
             name += f" {tested.place}"
         named[f"{name} ({tested.digest[:6]})" if name in named else name] = members
     return named

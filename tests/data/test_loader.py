@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from dispatch_watch import HostReads
 
 from okddip.data.augment import normalization, normalize
 from okddip.data.loader import EvalLoader, TrainLoader, batch_seed, seed_of
 from okddip.data.sources import Split
+from okddip.measure import Operators
 
 CPU = torch.device("cpu")
 CONSTANTS = normalization([0.5] * 3, [0.25] * 3, CPU)
@@ -91,16 +91,16 @@ def test_batches_come_in_the_memory_format_that_was_asked_for(channels_last: boo
 
 @pytest.mark.parametrize("loader", [train_loader(), EvalLoader(SPLIT, 16, CPU, CONSTANTS)])
 def test_the_host_reads_nothing_while_batches_are_made(loader: TrainLoader | EvalLoader) -> None:
-    with HostReads() as watch:
+    with Operators() as watch:
         for _ in loader.batches(0):
             pass
-    assert watch.operators > 0
+    assert watch.total > 0
     assert watch.found == []
 
 
 def test_the_watch_finds_reads() -> None:
     values = torch.arange(4)
-    with HostReads() as watch:
+    with Operators() as watch:
         values.sum().item()
         values[values > 2]
         values.to("meta")

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dispatch_watch import HostReads
 from PIL import Image
 from torchvision.transforms import functional as TF
 
 from okddip.data.streaming import StreamingDataset, StreamingLoader
 from okddip.errors import ConfigError
+from okddip.measure import Operators
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -183,9 +183,9 @@ def test_the_host_reads_nothing_once_images_are_decoded(root: Path) -> None:
     loader = streamed(root, workers=2).eval_loader("test", 3, CPU)
     batches = loader.batches()
     next(batches)  # before it the workers start, for which torch reads a seed that is drawn on the host
-    with HostReads() as watch:
+    with Operators() as watch:
         assert len(list(batches)) == 1
-    assert watch.operators > 0
+    assert watch.total > 0
     assert watch.found == []
 
 
