@@ -25,7 +25,7 @@ from okddip.data.loader import ALL, Share, batch_seed, seed_of
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
 from okddip.errors import ConfigError, check_choice
-from okddip.signals import leave_signals_to_the_parent
+from okddip.signals import leave_signals_to_the_parent, unstopped
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +259,8 @@ class StreamingLoader:
 
     def _decoded(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         try:
-            batches = iter(loader)
+            with unstopped():  # Python drops what is raised while a process forks
+                batches = iter(loader)
             if threading.current_thread() is threading.main_thread():
                 # PyTorch's handler would raise for a dead worker wherever training is just then
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
