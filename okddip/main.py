@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -161,9 +162,34 @@ def check(config: DictConfig) -> None:
         section = OmegaConf.select(config, parent) if parent else config
         if not isinstance(section, DictConfig) or name not in section:
             raise ConfigError(f"{key}: is not in the configuration, and no run does without it.")
+    check_ablation(config)
     check_number("seed", config.seed, minimum=0, integer=True)
     if not isinstance(config.name, str) or not config.name.strip():
         raise ConfigError(f"name={config.name}: must be text, the run's name.")
+
+
+def check_ablation(config: DictConfig) -> None:
+    """See that the method has the switches that an option of the group `ablation` sets.
+
+    Raises:
+        Incompatible: it has not.
+    """
+    known = HydraConfig.get()
+    if (ablation := known.runtime.choices.get("ablation")) is None:
+        return
+    try:
+        method = get_object(config.method._target_)
+        makers = method.__mro__ if isinstance(method, type) else [method]
+        taken = {name for maker in makers for name in inspect.signature(maker).parameters}
+    except Exception:
+        return  # the method cannot be made, and says so itself
+    added = {key.partition("=")[0] for key in known.overrides.task if key.startswith("+")}
+    strange = [key for key in config.method if key not in taken and not str(key).startswith("_")]
+    if strange and f"+method.{strange[0]}" not in added:
+        raise Incompatible(
+            f"ablation={ablation}: sets method.{strange[0]}, which method={config.options.method} has not."
+            " Choose method=okddip."
+        )
 
 
 def build(config: DictConfig) -> Parts:

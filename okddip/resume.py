@@ -23,7 +23,7 @@ from okddip import checkpoint, distributed, sweep
 from okddip.checkpoint import KEYS, TRAINING_KEYS
 from okddip.data.dataset import Dataset
 from okddip.errors import ConfigError, check_number
-from okddip.tracking import MLflow, NoTracking, absolute, flatten
+from okddip.tracking import MLflow, NoTracking, absolute, flatten, public
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 # several methods share, which counts where a method takes it.
 PLACES = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.", "methods.")
 PLACES_OF_DATA = ("root", "cache_dir")
+FOLDERS = ("image_folder", "imagenet")  # data sets that are whatever lies in their place
 
 SLURM = "slurm-"  # a job of Slurm's among `jobs`
 
@@ -96,15 +97,20 @@ def fingerprint(digests: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def begin(config: DictConfig, folder: Path) -> Iterator[Run]:
+def begin(config: DictConfig, folder: Path, *, patient: bool = False) -> Iterator[Run]:
     """Take up the run that `trainer.resume` names, or begin a new one in `folder`; and hold its folder.
+
+    Args:
+        config: of the run.
+        folder: for a new one.
+        patient: wait for the run if another process works on it, and then take up what has become of it.
 
     Raises:
         ConfigError: there is no such run, it was made with other settings, or it is still running.
     """
     check_number("trainer.epochs", config.trainer.epochs, minimum=1, integer=True)
     found = find(config, folder)
-    with lock(found.folder or folder):
+    with lock(found.folder or folder, patient=patient):
         if found.folder is not None:
             yield take_up(config, found.folder, found.tracking_id)
         elif found.checkpoint is not None:
@@ -335,15 +341,19 @@ def identity_of(folder: Path) -> str | None:
         return None
 
 
-def lock(folder: Path) -> AbstractContextManager[object]:
+def lock(folder: Path, *, patient: bool = False) -> AbstractContextManager[object]:
     """Hold a folder, until the process ends at the latest, however it ends.
 
     Raises:
-        ConfigError: another process holds it, or it cannot be written.
+        ConfigError: another process holds it, and this one is not to wait; or it cannot be written.
     """
+    held = FileLock(folder / "run.lock")
     try:
-        return FileLock(folder / "run.lock").acquire(timeout=0)
+        return held.acquire(timeout=0)
     except Timeout:
+        if patient:
+            log.info("%s: another process works on this very run; waiting for it.", folder)
+            return held.acquire()
         raise ConfigError(
             f"{folder}: this run is still running in another process. (If it is not, remove run.lock there.)"
         ) from None
@@ -372,12 +382,14 @@ def folder_of(config: DictConfig, run_id: str) -> Path | None:
     return folder if (folder / "run.json").exists() else None
 
 
-def find_tracked(run: Run, tracker: MLflow | NoTracking) -> None:
+def find_tracked(run: Run, tracker: MLflow | NoTracking, reference: str | None) -> None:
     """Find the MLflow run of a run that goes on and does not know it.
 
-    It was cut off before it could write the ID down, or `run.json` is damaged.
+    It was cut off before it could write the ID down, or `run.json` is damaged; or it went on in another store
+    in between.
     """
-    if run.tracking_id is None and run.taken_up:
+    elsewhere = isinstance(tracker, MLflow) and run.store not in (None, public(tracker.uri))
+    if run.taken_up and (run.tracking_id is None or (elsewhere and reference == "auto")):
         for found in tracker.find({"folder": str(run.folder)})[:1]:
             run.tracking_id = found.info.run_id
 

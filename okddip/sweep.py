@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -51,6 +52,8 @@ NO_CHDIR = (
     " tracking.uri. Leave it out; a run's files are in its output folder in any case."
 )
 
+GRID = "hydra_plugins.okddip.GridSweeper"
+
 # what a job without a result returns: the worst value, for a sweeper that maximizes
 NO_RESULT = float("-inf")
 
@@ -61,7 +64,7 @@ class Sweep:
 
     name: str
     folder: Path
-    tracker: MLflow | NoTracking | None  # None: jobs that are no training runs have no parent
+    tracker: MLflow | NoTracking | None = None  # None: jobs that are no training runs have no parent
     jobs: list[list[str]] = field(default_factory=list)  # overrides of each, where they are known beforehand
     left_out: list[Outcome] = field(default_factory=list)  # of jobs that cannot be
 
@@ -84,12 +87,14 @@ _begun: Sweep | None = None
 
 
 class BeginSweep(Callback):
-    """Opens the parent run. Hydra ignores exceptions of callbacks; leaving is none."""
+    """Begins a sweep. Hydra ignores exceptions of callbacks; leaving is none."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _begun
         try:
             _begun = begin(config)
+            if config.hydra.sweeper._target_ != GRID:  # which first looks what the jobs are
+                open_parent(_begun, config)
         except ConfigError as error:
             print(error, file=sys.stderr)
             raise SystemExit(1) from None
@@ -99,14 +104,29 @@ class BeginSweep(Callback):
 
 
 def begin(config: DictConfig) -> Sweep:
-    """Open the parent run of a sweep, or that of the same sweep when it ran before.
+    """Name a sweep.
 
     Args:
         config: of the sweep, with Hydra's own part; what is swept has its default here.
 
     Raises:
-        ConfigError: the store cannot be opened.
+        ConfigError: something is asked for that no sweep does.
     """
+    _, swept = overrides_of(config)
+    if config.hydra.job.chdir:
+        raise ConfigError(NO_CHDIR)
+    if "multirun_presets" in swept:
+        raise ConfigError(
+            f"multirun_presets={swept['multirun_presets']}: a preset is a sweep of its own. Give one command"
+            " for each."
+        )
+    os.environ[START] = uuid.uuid4().hex
+    name = config.hydra.runtime.choices.get("multirun_presets") or " x ".join(swept) or "sweep"
+    return Sweep(name, Path(config.hydra.sweep.dir).absolute())
+
+
+def overrides_of(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """All overrides of a sweep, those that it is configured with among them; and what is swept."""
     given = {**(OmegaConf.select(config, "hydra.sweeper.params") or {})}
     lines = [f"{key}={value}" for key, value in given.items()] + list(config.hydra.overrides.task)
     overrides: dict[str, str] = {}
@@ -119,17 +139,27 @@ def begin(config: DictConfig) -> Sweep:
         swept.pop(key, None)
         if override.is_sweep_override():
             swept[key] = value
-    name = config.hydra.runtime.choices.get("multirun_presets") or " x ".join(swept) or "sweep"
-    sweep = Sweep(name, Path(config.hydra.sweep.dir).absolute(), None)
-    os.environ[START] = uuid.uuid4().hex
-    if config.hydra.job.chdir:
-        raise ConfigError(NO_CHDIR)
+    return overrides, swept
+
+
+def open_parent(sweep: Sweep, config: DictConfig) -> None:
+    """Open the parent run of a sweep, or that of the same sweep when it ran before.
+
+    Args:
+        sweep: just begun.
+        config: of the sweep, with Hydra's own part; what is swept has its default here.
+
+    Raises:
+        ConfigError: the store cannot be opened.
+    """
     if config.task._target_ != TRAIN:
-        return sweep
-
+        return
     # the same sweep, wherever it is started and whatever is told of it
-    from okddip.resume import PLACES, PLACES_OF_DATA
+    from okddip.resume import FOLDERS, PLACES, PLACES_OF_DATA
 
+    overrides, swept = overrides_of(config)
+    choices, method = config.hydra.runtime.choices, config.method
+    groups = {group: swept.get(group, choices[group]) for group in ("method", "model", "dataset")}
     # (what several methods share is named by their own settings in a job, and here by itself)
     places = [place for place in PLACES if place != "methods."]
     places += [f"dataset.{key}" for key in PLACES_OF_DATA]
@@ -138,21 +168,23 @@ def begin(config: DictConfig) -> Sweep:
         for key, value in overrides.items()
         if not key.lstrip("+").startswith((*places, "tracking"))
     )
-    identity = hashlib.sha256(json.dumps([name, *settings]).encode()).hexdigest()[:16]
+    if set(groups["dataset"].split(",")) & set(FOLDERS):  # each folder is a data set of its own
+        root = swept.get("dataset.root") or Path(str(config.dataset.root)).expanduser().absolute()
+        settings.append(f"dataset.root={root}")
+    identity = hashlib.sha256(json.dumps([sweep.name, *settings]).encode()).hexdigest()[:16]
     tracker = instantiate(config.tracking)
     tracker.open()
     same = [] if config.trainer.rerun else tracker.find({"identity": identity, "kind": "sweep"})
-    choices, method = config.hydra.runtime.choices, config.method
     own = "each method's own"
     run_id = tracker.start(
-        name=name,
+        name=sweep.name,
         params={f"sweep.{key}": values for key, values in swept.items()},
         tags={
             "kind": "sweep",
-            "sweep": name,
+            "sweep": sweep.name,
             "identity": identity,
             "folder": str(sweep.folder),
-            **{group: swept.get(group, choices[group]) for group in ("method", "model", "dataset")},
+            **groups,
             "structure": swept.get("method.structure", own if "method" in swept else method.structure),
             "peers": swept.get("method.peers", own if "method" in swept else str(method.peers)),
             "seed": swept.get("seed", str(config.seed)),
@@ -164,9 +196,8 @@ def begin(config: DictConfig) -> Sweep:
         command=shlex.join(["okddip", *sys.argv[1:]]),
         run_id=same[0].info.run_id if same else None,
     )
-    os.environ[NAME], os.environ[PARENT_RUN] = name, run_id
+    os.environ[NAME], os.environ[PARENT_RUN] = sweep.name, run_id
     sweep.tracker = tracker
-    return sweep
 
 
 def description(swept: Mapping[str, str]) -> str:
@@ -175,9 +206,16 @@ def description(swept: Mapping[str, str]) -> str:
     return "\n".join(["A sweep; its jobs are the child runs.", "", *items])
 
 
-def expect(jobs: list[list[str]], left_out: list[Outcome]) -> None:
-    """Note which jobs the sweep of this process has, and which combinations cannot be."""
+def expect(config: DictConfig, jobs: list[list[str]], left_out: list[Outcome]) -> None:
+    """Open the parent run of this process's sweep, now that its jobs are known.
+
+    Args:
+        config: of the sweep.
+        jobs: their overrides.
+        left_out: combinations that cannot be.
+    """
     if _begun is not None:
+        open_parent(_begun, config)
         numbered = [replace(outcome, job=len(jobs) + more) for more, outcome in enumerate(left_out)]
         _begun.jobs, _begun.left_out = jobs, numbered
 
@@ -338,7 +376,7 @@ def end(error: BaseException | None = None) -> bool:
     outcomes = outcomes_in(sweep.folder, start) + sweep.left_out
     begun = {outcome.job for outcome in outcomes}
     outcomes += [
-        Outcome(number, job, "not started", "the sweep ended before its turn")
+        Outcome(number, job, "not started", "the sweep ended before its turn, or its process at once")
         for number, job in enumerate(sweep.jobs)
         if number not in begun
     ]
@@ -365,7 +403,9 @@ def end(error: BaseException | None = None) -> bool:
             if outcome.kind == kind:
                 own = " ".join(part for part in outcome.overrides if part not in common)
                 print(f"{kind} #{outcome.job} {own}: {outcome.reason}")
-    if sweep.tracker is not None and outcomes and not good:
+    if outcomes and isinstance(error, SystemExit) and isinstance(reason := error.__context__, HydraException):
+        print(f"The sweep itself ended early: {str(reason).splitlines()[0]}")
+    elif sweep.tracker is not None and outcomes and not good:
         print("The same command again does what is missing, and nothing twice.")
     return good
 

@@ -1,8 +1,10 @@
 """Hydra's sweeper of grids, which loses no job for another's sake."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -50,13 +52,13 @@ class GridSweeper(Sweeper):
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(lines)
         [jobs] = BasicSweeper.split_arguments(overrides, None)
         assert self.config is not None  # by setup()
+        senseless = self.senseless(jobs)
+        jobs = [job for number, job in enumerate(jobs) if number not in senseless]
+        expect(self.config, jobs, list(senseless.values()))
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
 
-        senseless = self.senseless(jobs)
-        jobs = [job for number, job in enumerate(jobs) if number not in senseless]
-        expect(jobs, list(senseless.values()))
         results: list[Sequence[JobReturn]] = []
         size = self.max_batch_size or max(1, len(jobs))
         for first in range(0, len(jobs), size):
@@ -92,7 +94,8 @@ class GridSweeper(Sweeper):
         """
         assert self.launcher is not None
         try:
-            return list(self.launcher.launch(jobs, initial_job_idx=first))
+            with lost_jobs_of_submitit():
+                return list(self.launcher.launch(jobs, initial_job_idx=first))
         except BrokenProcessPool:
             known = {outcome.job: outcome for outcome in outcomes()}
         numbers = range(first, first + len(jobs))
@@ -122,3 +125,28 @@ class GridSweeper(Sweeper):
             for number in broken_off:
                 [results[number]] = self.launch([jobs[number - first]], number)
         return [results[number] for number in numbers]
+
+
+@contextmanager
+def lost_jobs_of_submitit() -> Iterator[None]:
+    """Let a job without a result be one within: submitit's launcher would wait for no other after it."""
+    if find_spec("submitit") is None:
+        yield
+        return
+    from submitit.core.core import Job
+    from submitit.core.utils import UncompletedJobError
+
+    wait = Job.results
+
+    def results(job: Job) -> list[JobReturn]:
+        try:
+            return wait(job)
+        except UncompletedJobError:
+            log.warning("Job %s has no result; see %s.", job.job_id, job.paths.stderr)
+            return [JobReturn(status=JobStatus.COMPLETED, _return_value=NO_RESULT)]
+
+    Job.results = results  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Job.results = wait  # type: ignore[method-assign]

@@ -60,7 +60,8 @@ def train(
     parting: AbstractContextManager[list[resume.Run]] = (
         nullcontext([]) if teacher_folder else how_to_go_on(config)
     )
-    with parting as begun, stop_on_signals(), begin_together(config, folder) as run:
+    patient = teacher_folder is not None or sweep.is_job()
+    with parting as begun, stop_on_signals(), begin_together(config, folder, patient=patient) as run:
         begun.append(run)
         parts = build(config)
         digests = {split: parts.dataset.digest(split) for split in parts.dataset.sizes}
@@ -71,7 +72,7 @@ def train(
         settings = cast(dict[str, Any], OmegaConf.to_container(config))
         describe(config, parts, run)
         with concluded(parts.tracker):
-            resume.find_tracked(run, parts.tracker)
+            resume.find_tracked(run, parts.tracker, config.trainer.resume)
             tracking_id = parts.tracker.start(
                 name=config.name,
                 params=params_of(config),
@@ -90,6 +91,8 @@ def train(
                 command=shlex.join(["okddip", *sys.argv[1:]]),
                 run_id=run.tracking_id,
                 store=run.store,
+                anew=config.trainer.resume
+                == "auto",  # another store than that of a named run may be a mistake
             )
             if tracking_id:
                 resume.note(run, tracking_id=tracking_id, store=tracking.public(config.tracking.uri))
@@ -138,10 +141,10 @@ def train(
 
 
 @contextmanager
-def begin_together(config: DictConfig, folder: Path) -> Iterator[resume.Run]:
+def begin_together(config: DictConfig, folder: Path, *, patient: bool) -> Iterator[resume.Run]:
     """The run that rank 0 takes up or begins, for all ranks."""
     if distributed.rank() == 0:
-        with resume.begin(config, folder) as run:
+        with resume.begin(config, folder, patient=patient) as run:
             distributed.from_rank_0(lambda: (run.folder, run.state))
             yield run
     else:

@@ -50,7 +50,9 @@ def provide(config: DictConfig, build: Callable[[DictConfig], tasks.Parts]) -> s
         if distributed.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
         tasks.train(teacher, build, folder)
-        return distributed.from_rank_0(lambda: str(resume.newest(teacher, folder)))
+        # one that was begun elsewhere is where the store says
+        begun = distributed.from_rank_0(lambda: resume.newest(teacher, folder) or finished(teacher))
+        return str(begun)
 
 
 def finished(teacher: DictConfig) -> str | None:

@@ -43,6 +43,7 @@ KILL_SECONDS = 3.0  # the same where the run is killed
 
 MOST_FILES = 10  # named in a tag
 
+RESUMED = "resumed."  # begins the tags of params that are others than when the run began
 CONTEXT = "mlflow.data.context"  # the tag of a data set that says what it is for
 
 # limits of MLflow's requests
@@ -195,6 +196,7 @@ class MLflow:
         command: str,
         run_id: str | None = None,
         store: str | None = None,
+        anew: bool = False,
     ) -> str:
         """Begin a run, or go on with the run `run_id`.
 
@@ -208,6 +210,7 @@ class MLflow:
                 value than before becomes a tag, `resumed.trainer.epochs`.
             store: where that run was begun. If it was this store, and the run has been deleted for good, a
                 new one begins.
+            anew: begin a new run also if this store never had that one.
 
         Returns:
             The run's ID.
@@ -217,15 +220,17 @@ class MLflow:
         """
         flat = flatten(params)
         tags = _tags({**source_tags(), **tags, "command": command})
-        logged = None if run_id is None else self._reopen_run(run_id, store)
-        if logged is None or run_id is None:
+        reopened = None if run_id is None else self._reopen_run(run_id, store, anew)
+        if reopened is None:
             self.run_id = self._create_run(name, tags)
             self._log_params(flat)
         else:
-            self.run_id = run_id
+            self.run_id = reopened.info.run_id
+            logged = reopened.data.params
             self._log_params({key: value for key, value in flat.items() if key not in logged})
-            changed = {key: value for key, value in flat.items() if logged.get(key, value) != value}
-            self.set_tags({**tags, **{f"resumed.{key}": value for key, value in changed.items()}})
+            known = params_of(reopened)
+            changed = {key: value for key, value in flat.items() if known.get(key, value) != value}
+            self.set_tags({**tags, **{f"{RESUMED}{key}": value for key, value in changed.items()}})
         for file, text in (("config.yaml", config_yaml), ("command.txt", command + "\n")):
             self._uploads.append(Request(file, partial(self._client.log_text, self.run_id, text, file)))
         self._flush_uploads(SEND_SECONDS)
@@ -238,27 +243,36 @@ class MLflow:
         except Exception as error:
             raise self._cannot_open(error) from error
 
-    def _reopen_run(self, run_id: str, store: str | None) -> dict[str, str] | None:
-        """The params of a run that goes on; None if it is gone from the store where it was begun."""
+    def _reopen_run(self, run_id: str, store: str | None, anew: bool) -> "mlflow.entities.Run | None":
+        """The run that goes on; None if a new one takes its place.
+
+        That is where it is gone from the store in which it was begun, or belongs to another experiment; where
+        it was begun in another store, if a new one is wanted there.
+        """
         from mlflow.exceptions import MlflowException
 
         here = public(self.uri)
         try:
             run = self._call(OPEN_SECONDS, partial(self._client.get_run, run_id))
-            self._call(OPEN_SECONDS, partial(self._client.update_run, run_id, status="RUNNING"))
+            if run.info.lifecycle_stage == "deleted":
+                reason = f"was deleted in {here}"
+            elif run.info.experiment_id != self._experiment_id:
+                reason = f"is not in tracking.experiment={self.experiment}"
+            else:
+                self._call(OPEN_SECONDS, partial(self._client.update_run, run_id, status="RUNNING"))
+                return run
         except Exception as error:
             absent = isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST"
-            if absent and store == here:
-                logger.warning(
-                    "MLflow run %s is gone from %s: a new one is told of all epochs.", run_id, here
-                )
-                return None
-            begun = f" It was begun in tracking.uri={store}." if store not in (None, here) else ""
-            raise ConfigError(
-                f"MLflow run {run_id}: cannot go on in tracking.uri={self.uri} ({_first_line(error)}).{begun}"
-                " tracking=none goes on without MLflow, which can be told of all epochs later."
-            ) from error
-        return run.data.params
+            if not (absent and (anew or store == here)):
+                begun = f" It was begun in tracking.uri={store}." if store not in (None, here) else ""
+                raise ConfigError(
+                    f"MLflow run {run_id}: cannot go on in tracking.uri={self.uri}"
+                    f" ({_first_line(error)}).{begun} tracking=none goes on without MLflow, which can be told"
+                    " of all epochs later."
+                ) from error
+            reason = f"is gone from {here}" if store in (None, here) else f"is in {store}, not in {here}"
+        logger.warning("MLflow run %s %s: a new one is told of all epochs.", run_id, reason)
+        return None
 
     def _log_params(self, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
@@ -490,6 +504,7 @@ class NoTracking:
         command: str,
         run_id: str | None = None,
         store: str | None = None,
+        anew: bool = False,
     ) -> str:
         """Return an empty run ID."""
         return self.run_id
@@ -515,6 +530,14 @@ class NoTracking:
 
     def finish(self, status: str) -> None:
         """There is nothing to end."""
+
+
+def params_of(run: "mlflow.entities.Run") -> dict[str, str]:
+    """The flattened configuration of a run, as of the last time that it was resumed."""
+    resumed = {
+        key.removeprefix(RESUMED): value for key, value in run.data.tags.items() if key.startswith(RESUMED)
+    }
+    return {**run.data.params, **resumed}
 
 
 def digests_of(run: "mlflow.entities.Run") -> dict[str, str]:

@@ -750,6 +750,32 @@ def test_a_signal_to_the_whole_group_ends_a_run_with_workers_as_killed(
     assert the_run(client).info.status == "KILLED"
 
 
+SIGNAL_WHILE_WORKERS_START = """
+import os
+import signal
+from okddip.main import cli
+
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+cli()
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_while_workers_start_ends_the_run_and_is_not_lost_in_a_hook(tmp_path: Path) -> None:
+    draw_folders(tmp_path / "images")
+    process = subprocess.run(
+        [sys.executable, "-c", SIGNAL_WHILE_WORKERS_START, *STREAMED, "dataset.workers=2"],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 143, process.stdout
+    assert "Stopped. Go on with: " in process.stdout.strip().splitlines()[-1]
+    assert "Traceback" not in process.stdout
+
+
 def arguments_of(process: Path) -> list[bytes]:
     try:
         return (process / "cmdline").read_bytes().split(b"\0")

@@ -294,6 +294,7 @@ def test_a_run_on_other_images_is_another_run(okddip: Okddip, tmp_path: Path) ->
     assert sweep("first", "0") == ["finished"]
     assert sweep("second", "1") == ["finished"]
     assert sweep("moved", "2") == ["finished before"]
+    assert len(runs(tmp_path, "parents")) == 3
     assert [run.data.params["dataset.root"] for run in runs(tmp_path)] == ["first", "second"]
     teachers = runs(tmp_path, "others")
     assert [run.data.params["dataset.root"] for run in teachers] == ["first", "second"]
@@ -335,10 +336,24 @@ def test_a_setting_that_only_some_methods_have_is_swept_with_those(okddip: Okddi
     )
     assert second.startswith("skipped #3 method=baseline method.temperature=3: ")
 
-    mistyped = okddip(*command, "method.temprature=2,3")
+    mistyped = okddip(*command, "method.temprature=2,3", "tracking=mlflow")
     assert mistyped.code == 1
     assert "Could not override 'method.temprature'" in mistyped.err
     assert "no jobs." in mistyped.out
+    assert not (tmp_path / "mlflow.db").exists()  # nor a parent run in it
+
+
+@pytest.mark.slow
+def test_an_ablation_is_passed_over_where_the_method_has_no_such_switch(
+    okddip: Okddip, tmp_path: Path
+) -> None:
+    command = ("-m", *SMALL, "method=okddip,kd", "methods.teacher=auto", "methods.teacher_model=resnet8")
+    answer = okddip(*command, "ablation=full,no_leader")
+    assert answer.code == 0, answer.err
+    assert "4 jobs: 3 finished, 1 skipped." in answer.out
+    assert (
+        "skipped #3 method=kd ablation=no_leader: ablation=no_leader: sets method.leader, which" in answer.out
+    )
 
 
 @pytest.mark.parametrize("mode", ["RUN", "MULTIRUN"])
@@ -347,6 +362,87 @@ def test_a_working_directory_for_each_job_is_refused_by_name(okddip: Okddip, mod
     assert answer.code == 1
     assert "hydra.job.chdir=true: would make" in answer.err
     assert "Traceback" not in answer.err
+
+
+@pytest.mark.slow
+def test_runs_of_another_experiment_and_deleted_ones_are_left_as_they_are(
+    okddip: Okddip, tmp_path: Path
+) -> None:
+    command = ("-m", *SMALL, "method=baseline", "seed=0,1")
+    assert okddip(*command).code == 0
+    [parent], before = runs(tmp_path, "parents"), runs(tmp_path)
+    answer = okddip(*command, "tracking.experiment=other")
+    assert answer.code == 0, answer.err
+    assert "is not in tracking.experiment=other: a new one is told of all epochs" in answer.out
+    assert "2 jobs: 2 finished." in answer.out
+    assert "baseline  2" in answer.out  # the table has both
+    assert [run.info.run_id for run in runs(tmp_path)] == [run.info.run_id for run in before]
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs(tmp_path)} == {parent.info.run_id}
+
+    mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").delete_run(before[0].info.run_id)
+    answer = okddip(*command)
+    assert answer.code == 0, answer.err
+    assert "2 jobs: 1 finished, 1 finished before." in answer.out
+    assert [run.info.status for run in runs(tmp_path)] == ["FINISHED"] * 2
+
+
+def test_several_presets_at_once_are_refused(okddip: Okddip) -> None:
+    answer = okddip("-m", *SMALL, "tracking=none", "multirun_presets=quickstart,temperature")
+    assert answer.code == 1
+    assert "multirun_presets=quickstart,temperature: a preset is a sweep of its own" in answer.err
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.slow
+def test_another_store_is_told_of_runs_that_are_finished(okddip: Okddip, tmp_path: Path) -> None:
+    command = ("-m", *SMALL, "method=baseline", "seed=0,1", "trainer.epochs=2")
+    assert okddip(*command).code == 0
+    [*first] = runs(tmp_path)
+    (tmp_path / "else").mkdir()
+    answer = okddip(*command, "tracking.uri=sqlite:///else/mlflow.db")
+    assert answer.code == 0, answer.err
+    assert answer.out.count("/else/mlflow.db: a new one is told of all epochs.") == 2
+    assert answer.out.count("is finished after epoch 2, so nothing is trained") == 2
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/else/mlflow.db")
+    for run, before in zip(runs(tmp_path / "else"), first, strict=True):
+        assert run.data.metrics["final/top1"] == before.data.metrics["final/top1"]
+        assert [metric.step for metric in client.get_metric_history(run.info.run_id, "test/top1")] == [0, 1]
+    for uri in ("sqlite:///mlflow.db", "sqlite:///else/mlflow.db"):
+        assert "2 jobs: 2 finished before." in okddip(*command, f"tracking.uri={uri}").out
+
+    shutil.move("mlflow.db", "moved.db")  # a store that is the same, in another place
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/moved.db")
+    client.set_terminated(first[0].info.run_id, "KILLED")
+    answer = okddip(*command, "tracking.uri=sqlite:///moved.db")
+    assert "2 jobs: 1 finished, 1 finished before." in answer.out
+    assert client.get_run(first[0].info.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracking", ["tracking=mlflow", "tracking=none"])
+def test_a_teacher_is_waited_for_where_a_plain_run_trains_it(tmp_path: Path, tracking: str) -> None:
+    common = (*SMALL, "trainer.epochs=9", tracking)
+    place = {"tracking=none": "outputs/baseline1-seed0-network-resnet8-digits/plain"}.get(
+        tracking, "else/where"
+    )
+    plain = start(tmp_path, *common, "method=baseline", f"hydra.run.dir={place}")
+    while not (tmp_path / place / "last.pt").exists():
+        assert plain.poll() is None, plain.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(plain.pid, signal.SIGSTOP)
+    teacher = ("method=kd", "method.teacher=auto", "method.teacher_model=resnet8")
+    student = start(tmp_path, *common, *teacher, "hydra.run.dir=student")
+    assert student.stdout is not None
+    while "another process works on this very run" not in (line := student.stdout.readline()):
+        assert line, "it did not wait"
+    os.killpg(plain.pid, signal.SIGCONT)
+    output, _ = plain.communicate(timeout=300)
+    assert plain.returncode == 0, output
+    output, _ = student.communicate(timeout=300)
+    assert student.returncode == 0, output
+    assert "is finished after epoch 9, so nothing is trained" in output
+    if tracking == "tracking=mlflow":
+        assert [run.info.status for run in runs(tmp_path, "others")] == ["FINISHED"] * 2
 
 
 @pytest.mark.slow
@@ -487,11 +583,20 @@ class Mortal(Trainer):
 
 
 @pytest.mark.slow
-def test_a_killed_process_of_joblib_takes_no_other_job_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "warning"),
+    [
+        (("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), "A process of joblib was killed"),
+        (("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"), "has no result; see "),
+    ],
+    ids=["joblib", "submitit"],
+)
+def test_a_killed_process_takes_no_other_job_with_it(
+    tmp_path: Path, launcher: tuple[str, ...], warning: str
+) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     (tmp_path / "mortal.py").write_text(MORTAL)
-    command = [*SMALL, "method=baseline", "seed=0,1,2,3,4", "trainer._target_=mortal.Mortal"]
-    command += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command = [*SMALL, "method=baseline", "seed=0,1,2,3,4", "trainer._target_=mortal.Mortal", *launcher]
     process = subprocess.run(
         [sys.executable, "-m", "okddip.main", "-m", *command, "hydra.sweep.dir=sweep"],
         env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"},
@@ -501,7 +606,7 @@ def test_a_killed_process_of_joblib_takes_no_other_job_with_it(tmp_path: Path) -
     assert process.returncode == 1, process.stdout + process.stderr
     kinds = ["finished", "cut off", "finished", "finished", "finished"]
     assert outcomes(tmp_path / "sweep") == list(enumerate(kinds))
-    assert "A process of joblib was killed" in process.stdout
+    assert warning in process.stdout
     assert "5 jobs: 4 finished, 1 cut off." in process.stdout
     assert "cut off #1 seed=1: its process has not come to its end" in process.stdout
     assert "Traceback" not in process.stdout + process.stderr
@@ -656,3 +761,19 @@ def test_optuna_maximizes_what_jobs_return_and_passes_over_those_that_fail(tmp_p
     best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
     assert best.best_params["optimizer.lr"] == 0.05
     assert best.best_value == max(run.data.metrics.get("final/top1", 0) for run in runs(tmp_path))
+
+
+@pytest.mark.slow
+def test_what_ends_a_study_of_optuna_is_among_its_last_lines(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    process = start(
+        tmp_path,
+        *("-m", *SMALL, "tracking=none", "hydra/sweeper=optuna", "hydra/sweeper/sampler=random"),
+        *("hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=8", "hydra.sweeper.n_jobs=1"),
+        *("method=choice(one,baseline)", "method.temperature=choice(2,3)"),
+        "hydra.sweeper.sampler.seed=2",  # draws ONE first
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, output
+    assert "jobs: 3 finished." in output
+    assert output.endswith("The sweep itself ended early: Could not override 'method.temperature'.\n"), output

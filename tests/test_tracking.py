@@ -223,6 +223,11 @@ def test_a_run_goes_on_and_a_changed_param_becomes_a_tag(tracker: MLflow) -> Non
     resumed = {key: value for key, value in run.data.tags.items() if key.startswith("resumed.")}
     assert resumed == {"resumed.trainer.epochs": "20"}
     assert run.data.tags["command"] == "okddip trainer.epochs=20"
+    assert tracking.params_of(run) == {"trainer.epochs": "20", "trainer.resume": "auto", "seed": "0"}
+
+    again.finish("KILLED")  # and back
+    start(again, params={"trainer": {"epochs": 10, "resume": "auto"}, "seed": 0}, run_id=first)
+    assert tracking.params_of(stored(again))["trainer.epochs"] == "10"
 
 
 def test_a_run_that_does_not_exist_cannot_go_on(tracker: MLflow) -> None:

@@ -96,7 +96,8 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     # targets of Hydra are import paths: their last part is the name
     shown = shown.map(lambda value: value.rpartition(".")[2] if value.startswith("okddip.") else value)
     of_method = [key for key in columns if key.startswith("method.")]
-    differing = [changed(row, of_method) for _, row in settings.iterrows()]
+    usual = {method: usual_settings(rows) for method, rows in settings.groupby("method")}
+    differing = [changed(row, usual[row["method"]], of_method) for _, row in settings.iterrows()]
     inner = [key for key in of_method if key not in SHAPE]
     named: dict[str, str] = {}
     if len(inner) > 1:
@@ -122,8 +123,10 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     beside_method = [
         name for key, name in columns.items() if not key.startswith("method.") and name != "method"
     ]
-    plain = {"default": [group for group in groups if not changed(pd.Series(group.settings), of_method)]}
-    plain = {"baseline": [group for group in groups if group.method == "baseline"]} | plain
+    plain = {
+        "baseline": [group for group in groups if group.method == "baseline"],
+        "default": [group for group in groups if not changed(group.settings, usual[group.method], of_method)],
+    }
     reference = next((name for name, those in plain.items() if 0 < len(those) < len(groups)), "")
     references = plain.get(reference, [])
     for group in groups:
@@ -139,7 +142,7 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
         for key, name in COMMON.items()
         if key in settings and settings[key].nunique() == 1
     }
-    held_out = (settings.get("dataset.validation", pd.Series("0")).astype(float) > 0).all()
+    held_out = (pd.to_numeric(settings.get("dataset.validation", pd.Series("0")), "coerce") > 0).all()
     if not any(group.differences for group in groups):
         reference = ""
     return Comparison(
@@ -147,9 +150,20 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     )
 
 
-def changed(settings: pd.Series, keys: Sequence[str]) -> dict[str, str]:
-    """The settings among `keys` that are not those of the method's option file."""
-    usual = option("method", settings["method"])
+def usual_settings(rows: pd.DataFrame) -> dict[str, str]:
+    """What a method's runs are compared with: its option file, and where no run has that, what most have."""
+    usual = dict(option("method", rows["method"].iloc[0]))
+    for key in usual.keys() & set(rows.columns):
+        found = rows[key].value_counts(normalize=True)
+        if usual[key] not in found and found.iloc[0] > 0.5:
+            usual[key] = str(found.index[0])
+    return usual
+
+
+def changed(
+    settings: Mapping[str, str] | pd.Series, usual: Mapping[str, str], keys: Sequence[str]
+) -> dict[str, str]:
+    """The settings among `keys` that are not the usual ones."""
     return {key: settings[key] for key in keys if settings.get(key, "") not in ("", usual.get(key))}
 
 
@@ -168,9 +182,11 @@ def varying(settings: pd.DataFrame) -> dict[str, str]:
     """The settings that vary, and short names for them; the method always.
 
     A setting of a group counts if it varies among runs with the same option of that group: that methods
-    have other settings than one another is no news. Peers and structure count in any case.
+    have other settings than one another is no news. Peers and structure count in any case; and a setting that
+    some runs have and others have not, where nothing else tells them apart.
     """
     keys = ["method"]
+    others: list[str] = []
     for key in sorted(settings.columns, key=lambda key: key.count(".")):
         part = key.partition(".")[0]
         option = next((name for name in (part, f"{part}._target_") if name in settings), None)
@@ -182,7 +198,12 @@ def varying(settings: pd.DataFrame) -> dict[str, str]:
             present = settings[settings[key] != ""]
             varies = bool((present.groupby(option)[key].nunique() > 1).any())
         # an interpolated setting repeats the one that it refers to
-        if varies and not any(settings[key].equals(settings[known]) for known in keys):
+        if not varies:
+            others.append(key)
+        elif not any(settings[key].equals(settings[known]) for known in keys):
+            keys.append(key)
+    for key in others:
+        if (settings.groupby(keys)[key].nunique() > 1).any():
             keys.append(key)
     return short_names(keys)
 

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from okddip.report import runs
 from okddip.report.compare import Comparison, Group
+from okddip.tracking import params_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -210,7 +211,7 @@ def step_ms(run: "Run", history: History) -> float:
     speed = history(run, "train/images_per_second")
     if len(speed) > 1:
         speed = speed.iloc[1:]
-    return 1000 * int(runs.params(run)["trainer.batch_size"]) / float(speed.median())
+    return 1000 * int(params_of(run)["trainer.batch_size"]) / float(speed.median())
 
 
 def attention(group: Group, history: History, title: str) -> Figure | None:

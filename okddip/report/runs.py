@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from okddip import resume
 from okddip.errors import ConfigError
 from okddip.sweep import finished_before
-from okddip.tracking import digests_of
+from okddip.tracking import digests_of, params_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 PAGE = 1000  # runs that the store sends at once
 NEEDED = {"method", "seed", "trainer.epochs"}  # params of a training run
-FOLDERS = ("image_folder", "imagenet")  # data sets that are whatever lies there
 OTHER_TASKS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
 
 
@@ -38,7 +37,7 @@ def find(
         names = ", ".join(sorted(each.name for each in client.search_experiments()))
         raise ConfigError(f"{searched}: there is no such experiment. There are {names}.")
     everything = search(client, known.experiment_id)
-    found = search(client, known.experiment_id, where) if where else everything
+    found = matching(client, known.experiment_id, everything, where) if where else everything
     if where:
         searched += f', report.where="{where}"'
     if sweep:
@@ -61,6 +60,30 @@ def find(
             f" {len(everything)} runs match. {left_out}".rstrip()
         )
     return found
+
+
+def matching(
+    client: "MlflowClient", experiment_id: str, everything: Sequence["Run"], where: str
+) -> list["Run"]:
+    """The runs whose params of now match a filter; MLflow itself knows those that a run began with."""
+    from mlflow.entities import Metric, Param, Run, RunData, RunTag
+    from mlflow.utils.search_utils import SearchUtils
+
+    matches = {run.info.run_id for run in search(client, experiment_id, where)}
+    for run in everything:
+        now = params_of(run)
+        if now == run.data.params:
+            continue
+        data = RunData(
+            [Metric(key, value, 0, 0) for key, value in run.data.metrics.items()],
+            [Param(key, value) for key, value in now.items()],
+            [RunTag(key, value) for key, value in run.data.tags.items()],
+        )
+        matches.discard(run.info.run_id)
+        matches |= {
+            match.info.run_id for match in SearchUtils.filter([Run(run.info, data, run.inputs)], where)
+        }
+    return [run for run in everything if run.info.run_id in matches]
 
 
 def search(client: "MlflowClient", experiment_id: str, where: str = "") -> list["Run"]:
@@ -107,21 +130,11 @@ def comparable(found: Sequence["Run"]) -> tuple[list["Run"], str]:
     return finished, f"Unfinished runs, left out: {unfinished.total()} ({statuses})."
 
 
-def params(run: "Run") -> dict[str, str]:
-    """The flattened configuration of a run, as of the last time that it was resumed."""
-    resumed = {
-        key.removeprefix("resumed."): value
-        for key, value in run.data.tags.items()
-        if key.startswith("resumed.")
-    }
-    return {**run.data.params, **resumed}
-
-
 def settings(run: "Run") -> dict[str, str]:
     """What may tell one row of a table from another: no seed, no place, and no teacher's checkpoint."""
     return {
         key: value
-        for key, value in params(run).items()
+        for key, value in params_of(run).items()
         if not key.startswith(resume.PLACES)
         and not (key.startswith("dataset.") and key.rpartition(".")[2] in resume.PLACES_OF_DATA)
         and key not in ("seed", "method.teacher")
@@ -129,7 +142,7 @@ def settings(run: "Run") -> dict[str, str]:
 
 
 def seed(run: "Run") -> str:
-    return params(run)["seed"]
+    return params_of(run)["seed"]
 
 
 class Tested(NamedTuple):
@@ -162,9 +175,9 @@ def by_dataset(chosen: Sequence["Run"]) -> dict[str, list["Run"]]:
 
 
 def tested_on(run: "Run") -> Tested:
-    known = params(run)
+    known = params_of(run)
     option, root = known.get("dataset", ""), known.get("dataset.root", "")
-    place = root if option in FOLDERS else ""
+    place = root if option in resume.FOLDERS else ""
     return Tested(option, known.get("dataset.image_size", ""), digests_of(run).get("test", ""), place)
 
 

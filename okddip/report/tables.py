@@ -13,7 +13,10 @@ from okddip.report.published import source_text
 NUMERIC = ("n", "peers")
 REFERENCES = {
     "baseline": "the baseline with the same model, data set and training settings, after the last epoch.",
-    "default": "the same method with the settings of its option file, after the last epoch.",
+    "default": (
+        "the same method with the settings of its option file, or of most runs where none has those, after"
+        " the last epoch."
+    ),
 }
 
 

@@ -7,7 +7,15 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from okddip.report.compare import ablation, changed, difference, short_names, varying
+from okddip.report.compare import (
+    ablation,
+    changed,
+    difference,
+    short_names,
+    usual_settings,
+    varying,
+)
+from okddip.report.published import option
 
 
 def scores(values: list[float], seeds: list[int]) -> pd.Series:
@@ -88,17 +96,33 @@ def test_a_setting_that_repeats_another_is_one_column() -> None:
     assert columns(run("okddip"), larger) == ["method", "image_size"]
 
 
+def test_a_setting_that_some_runs_have_not_is_a_column_where_nothing_else_tells_them_apart() -> None:
+    assert columns(run("kd"), run("kd", optimizer__amsgrad="true")) == ["method", "amsgrad"]
+    assert columns(run("kd"), run("kd", optimizer__amsgrad="true", optimizer__lr="1")) == ["method", "lr"]
+
+
+def test_usual_is_what_the_option_file_has_or_else_what_most_runs_have() -> None:
+    def ramp(*epochs: str) -> str:
+        rows = pd.DataFrame({"method": "okddip", "method.ramp_epochs": epochs})
+        return usual_settings(rows)["method.ramp_epochs"]
+
+    assert ramp("0.27", "0.27", "80") == "80"
+    assert ramp("0.27", "0.27", "0") == "0.27"
+    assert ramp("0.27", "0") == "80"
+
+
 def test_ablations_share_a_column_that_says_what_is_not_the_option_files() -> None:
     ours = pd.Series({"method": "okddip", "method.leader": "true", "method.attention": "false"})
-    assert changed(ours, ["method.leader", "method.attention"]) == {"method.attention": "false"}
+    usual = option("method", "okddip")
+    assert changed(ours, usual, ["method.leader", "method.attention"]) == {"method.attention": "false"}
     assert ablation("okddip", {"method.attention": "false"}) == "no_attention"
     assert ablation("okddip", {"method.attention": "false", "method.leader": "false"}) == ""
     assert ablation("okddip", {}) == "full"
     assert ablation("one", {}) == ""
     theirs = pd.Series({"method": "mine", "method.leader": "", "method.weight": "0.5"})
-    assert changed(theirs, ["method.leader", "method.weight"]) == {"method.weight": "0.5"}
+    assert changed(theirs, {}, ["method.leader", "method.weight"]) == {"method.weight": "0.5"}
     shared = pd.Series({"method": "kd", "method.teacher_model": "null", "method.alpha": "1"})
-    assert changed(shared, ["method.teacher_model", "method.alpha"]) == {}
+    assert changed(shared, option("method", "kd"), ["method.teacher_model", "method.alpha"]) == {}
 
 
 def test_short_names_are_as_long_as_they_must_be() -> None:

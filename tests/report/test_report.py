@@ -90,19 +90,26 @@ def test_a_row_a_group_with_mean_deviation_and_interval(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ablations_are_named_and_compared_with_the_whole_method(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ramp", ["80", "0.27"])
+def test_ablations_are_named_and_compared_with_the_whole_method(tmp_path: Path, ramp: str) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("ablations")
     two = {"seeds": (0, 1)}
-    for name, last in (("full", [94, 95]), ("no_attention", [93, 94.2]), ("networks", [96, 96])):
-        add_runs(client, experiment, "method=okddip", f"ablation={name}", last=last, **two)
+    okddip = ("method=okddip", f"methods.ramp_epochs={ramp}")
+    for name, last in (
+        ("full", [94, 95]),
+        ("no_attention", [93, 94.2]),
+        ("networks", [96, 96]),
+        ("no_ramp", [90, 90]),
+    ):
+        add_runs(client, experiment, *okddip, f"ablation={name}", last=last, **two)
     twice = ("method.attention=false", "method.leader=false")
-    add_runs(client, experiment, "method=okddip", *twice, last=[91, 91], **two)
+    add_runs(client, experiment, *okddip, *twice, last=[91, 91], **two)
     folder = make(client, runs.find(client, uri, "ablations"), tmp_path / "report")
     text = (folder / "table.txt").read_text()
-    rows = {line.split("  2  ")[0].split()[-1]: line for line in text.splitlines()[4:8]}
-    assert rows.keys() == {"full", "no_attention", "networks", "attention=false"}
+    rows = {line.split("  2  ")[0].split()[-1]: line for line in text.splitlines()[4:9]}
+    assert rows.keys() == {"full", "no_attention", "networks", "no_ramp", "attention=false"}
     assert "last - default" in text
     assert "[+" not in rows["full"]
     assert "[-" not in rows["full"]
@@ -268,6 +275,24 @@ def test_evaluations_and_benchmarks_are_no_unfinished_runs(tmp_path: Path) -> No
     chosen, left_out = runs.comparable(runs.find(client, uri, "other"))
     assert len(chosen) == 1
     assert left_out == ""
+
+
+def test_a_filter_asks_for_the_settings_that_a_run_has_now(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    MLflow(uri, "longer").open()
+    client = MlflowClient(uri)
+    experiment_id = client.get_experiment_by_name("longer").experiment_id
+    longer = {"resumed.trainer.epochs": "20"}
+    add_runs(client, experiment_id, "method=okddip", last=[93], seeds=[0], tags=longer)
+    add_runs(client, experiment_id, "method=okddip", last=[92], seeds=[1])
+
+    def seeds(where: str) -> list[str]:
+        return sorted(runs.seed(run) for run in runs.find(client, uri, "longer", where=where))
+
+    assert seeds("params.`trainer.epochs` = '20'") == ["0"]
+    assert seeds(f"params.`trainer.epochs` = '{EPOCHS}'") == ["1"]
+    assert seeds("params.`trainer.epochs` LIKE '%0' and metrics.`final/top1` > 92.5") == ["0"]
+    assert seeds("attributes.status = 'FINISHED' and tags.method = 'okddip'") == ["0", "1"]
 
 
 def test_the_task_prints_the_table_of_what_a_filter_chooses(okddip: Okddip, uri: str) -> None:
