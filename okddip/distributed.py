@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import datetime
+import gc
 import io
 import logging
 import os
@@ -176,6 +177,8 @@ def process_group() -> Iterator[None]:
         raise SystemExit(1) from None
     finally:
         program.removeHandler(collector)
+    # A model that was trained keeps the group through cycles of references, and its threads with it.
+    gc.collect()
     dist.destroy_process_group()
 
 

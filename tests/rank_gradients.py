@@ -4,6 +4,7 @@ python rank_gradients.py FILE [OVERRIDE ...], under torchrun or not; rank 0 writ
 {case: [(loss, {parameter: gradient}), ...]}.
 """
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def resolved(config: Any) -> Any:
 
 
 if __name__ == "__main__":
+    gc.disable()  # which may come by in time, or not
     with distributed.process_group():
         results = {" ".join(case): gradients([*SMALL, *case, *sys.argv[2:]]) for case in CASES}
         if distributed.rank() == 0:

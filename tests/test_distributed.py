@@ -227,6 +227,7 @@ def test_ranks_wait_for_the_first_without_a_limit(tmp_path: Path) -> None:
     script.write_text(
         """
 import datetime
+import sys
 import time
 from okddip import distributed
 distributed.TIMEOUT = datetime.timedelta(seconds=8)
@@ -234,7 +235,9 @@ with distributed.process_group():
     found = distributed.from_rank_0(lambda: time.sleep(10) or "teacher")
     with distributed.first_on_this_machine():
         time.sleep(10 if distributed.rank() == 0 else 0)
-    print(distributed.rank(), distributed.from_rank_0(lambda: "and") and found, flush=True)
+    found = distributed.from_rank_0(lambda: "and") and found
+    sys.stdout.write(f"{distributed.rank()} {found}\\n")  # in one piece, unlike print
+    sys.stdout.flush()
 """
     )
     process = torchrun(2, str(script))
