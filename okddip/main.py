@@ -208,6 +208,7 @@ def build(config: DictConfig) -> Parts:
     from okddip.models.group import PeerGroup
     from okddip.rehearsal import check_memory, rehearse
     from okddip.tasks import Parts
+    from okddip.teacher import described
     from okddip.tracking import NoTracking
 
     trainer = make("trainer", config.trainer)
@@ -278,7 +279,8 @@ def build(config: DictConfig) -> Parts:
     if trainer.sync_batch_norm and distributed.ranks() > 1:
         group, method = map(torch.nn.SyncBatchNorm.convert_sync_batchnorm, (group, method))
     optimizer = make_optimizer([*group.parameters(), *method.parameters()])
-    return Parts(trainer, tracker, dataset, group, method, optimizer, schedule)
+    known = "" if teacher is None else described(teacher)
+    return Parts(trainer, tracker, dataset, group, method, optimizer, schedule, known)
 
 
 def restore(state: dict[str, Any]) -> tuple[PeerGroup, Method]:
@@ -457,24 +459,25 @@ def check_choices(overrides: list[str]) -> None:
 
 def cli() -> None:
     """The console command: a run, a sweep or help."""
-    try:
-        with distributed.rank_0_speaks():
-            try:
-                distributed.check_environment()
-                check_choices(sys.argv[1:])
-            except ConfigError as error:
-                print(error, file=sys.stderr)
-                sys.exit(1)
-            if {"--help", "-h"} & set(sys.argv[1:]):
-                print(usage(CONFIG_HOME, sys.argv[1:]))
-                rest = [part for part in sys.argv[1:] if part not in ("--help", "-h")]
-                sys.argv[1:] = ["--cfg", "job", *rest]
-            main()
-    except BaseException as error:
-        sweep.end(error)
-        raise
-    if not sweep.end():
-        sys.exit(1)
+    with stop_on_signals():
+        try:
+            with distributed.rank_0_speaks():
+                try:
+                    distributed.check_environment()
+                    check_choices(sys.argv[1:])
+                except ConfigError as error:
+                    print(error, file=sys.stderr)
+                    sys.exit(1)
+                if {"--help", "-h"} & set(sys.argv[1:]):
+                    print(usage(CONFIG_HOME, sys.argv[1:]))
+                    rest = [part for part in sys.argv[1:] if part not in ("--help", "-h")]
+                    sys.argv[1:] = ["--cfg", "job", *rest]
+                main()
+        except BaseException as error:
+            sweep.end(error)
+            raise
+        if not sweep.end():
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from filelock import FileLock, Timeout
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from okddip.errors import ConfigError, Incompatible
+from okddip.signals import unstopped
 
 if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
     from mlflow.entities import Run
@@ -127,19 +130,22 @@ def begin(config: DictConfig) -> Sweep:
 
 def overrides_of(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:
     """All overrides of a sweep, those that it is configured with among them; and what is swept."""
-    given = {**(OmegaConf.select(config, "hydra.sweeper.params") or {})}
-    lines = [f"{key}={value}" for key, value in given.items()] + list(config.hydra.overrides.task)
     overrides: dict[str, str] = {}
     swept: dict[str, str] = {}
-    for override in OverridesParser.create().parse_overrides(
-        lines
-    ):  # as Hydra's sweepers do: the last counts
+    for override in parsed_overrides(config):
         key, _, value = (override.input_line or "").partition("=")
         overrides[key] = value
         swept.pop(key, None)
         if override.is_sweep_override():
             swept[key] = value
     return overrides, swept
+
+
+def parsed_overrides(config: DictConfig) -> list[Override]:
+    """All overrides of a sweep, in the order of Hydra's sweepers: of several for one key the last counts."""
+    given = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    lines = [f"{key}={value}" for key, value in given.items()] + list(config.hydra.overrides.task)
+    return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(lines)
 
 
 def open_parent(sweep: Sweep, config: DictConfig) -> None:
@@ -168,7 +174,7 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
         for key, value in overrides.items()
         if not key.lstrip("+").startswith((*places, "tracking"))
     )
-    if set(groups["dataset"].split(",")) & set(FOLDERS):  # each folder is a data set of its own
+    if set(datasets(config)) & set(FOLDERS):  # each folder is a data set of its own
         root = swept.get("dataset.root") or Path(str(config.dataset.root)).expanduser().absolute()
         settings.append(f"dataset.root={root}")
     identity = hashlib.sha256(json.dumps([sweep.name, *settings]).encode()).hexdigest()[:16]
@@ -176,28 +182,37 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
     tracker.open()
     same = [] if config.trainer.rerun else tracker.find({"identity": identity, "kind": "sweep"})
     own = "each method's own"
-    run_id = tracker.start(
-        name=sweep.name,
-        params={f"sweep.{key}": values for key, values in swept.items()},
-        tags={
-            "kind": "sweep",
-            "sweep": sweep.name,
-            "identity": identity,
-            "folder": str(sweep.folder),
-            **groups,
-            "structure": swept.get("method.structure", own if "method" in swept else method.structure),
-            "peers": swept.get("method.peers", own if "method" in swept else str(method.peers)),
-            "seed": swept.get("seed", str(config.seed)),
-            **({} if same else {"mlflow.note.content": description(swept)}),  # which people may edit
-        },
-        config_yaml=OmegaConf.to_yaml(
-            OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        ),
-        command=shlex.join(["okddip", *sys.argv[1:]]),
-        run_id=same[0].info.run_id if same else None,
-    )
-    os.environ[NAME], os.environ[PARENT_RUN] = sweep.name, run_id
-    sweep.tracker = tracker
+    with unstopped():  # a run that has begun must be known, to be ended
+        sweep.tracker = tracker
+        run_id = tracker.start(
+            name=sweep.name,
+            params={f"sweep.{key}": values for key, values in swept.items()},
+            tags={
+                "kind": "sweep",
+                "sweep": sweep.name,
+                "identity": identity,
+                "folder": str(sweep.folder),
+                **groups,
+                "structure": swept.get("method.structure", own if "method" in swept else method.structure),
+                "peers": swept.get("method.peers", own if "method" in swept else str(method.peers)),
+                "seed": swept.get("seed", str(config.seed)),
+                **({} if same else {"mlflow.note.content": description(swept)}),  # which people may edit
+            },
+            config_yaml=OmegaConf.to_yaml(
+                OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            ),
+            command=shlex.join(["okddip", *sys.argv[1:]]),
+            run_id=same[0].info.run_id if same else None,
+        )
+        os.environ[NAME], os.environ[PARENT_RUN] = sweep.name, run_id
+
+
+def datasets(config: DictConfig) -> list[str]:
+    """The options of the group `dataset` that a sweep takes."""
+    chosen = [override for override in parsed_overrides(config) if override.key_or_group == "dataset"]
+    if not (chosen and chosen[-1].is_discrete_sweep()):
+        return [str(config.hydra.runtime.choices.dataset)]
+    return [str(getattr(option, "text", option)) for option in chosen[-1].sweep_iterator()]
 
 
 def description(swept: Mapping[str, str]) -> str:
@@ -380,18 +395,38 @@ def end(error: BaseException | None = None) -> bool:
         for number, job in enumerate(sweep.jobs)
         if number not in begun
     ]
+    finished_before = [outcome.run_id for outcome in outcomes if outcome.run_id]
+    if parent and outcomes and not is_stop(error):
+        try:
+            close_children(sweep, parent)
+            report(sweep, parent, finished_before)
+        except BaseException as stop:
+            error = stop
     kinds = Counter(outcome.kind for outcome in outcomes)
     good = error is None and kinds.keys() <= GOOD and kinds["skipped"] < len(outcomes)
-    stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code != 1)
-    if sweep.tracker is not None:
-        try:
-            finished_before = [outcome.run_id for outcome in outcomes if outcome.run_id]
+    with unstopped():
+        if sweep.tracker is not None:
+            if is_stop(error):
+                sweep.tracker.finish("KILLED")  # first of all: there may be seconds left
             sweep.tracker.set_tags(finished_before_tags(finished_before))
-            if parent and outcomes and not stopped:
+            if is_stop(error):
                 close_children(sweep, parent)
-                report(sweep, parent, finished_before)
-        finally:
-            sweep.tracker.finish("KILLED" if stopped else "FINISHED" if good else "FAILED")
+            else:
+                sweep.tracker.finish("FINISHED" if good else "FAILED")
+        conclude(sweep, outcomes, good, error)
+    if is_stop(error):
+        raise error
+    return good
+
+
+def is_stop(error: BaseException | None) -> TypeGuard[BaseException]:
+    """Whether the program was asked to end."""
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code != 1)
+
+
+def conclude(sweep: Sweep, outcomes: Sequence[Outcome], good: bool, error: BaseException | None) -> None:
+    """Print the last lines of a sweep: how many jobs became what, and why those that are not finished."""
+    kinds = Counter(outcome.kind for outcome in outcomes)
     jobs = "1 job" if len(outcomes) == 1 else f"{len(outcomes) or 'no'} jobs"
     counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     print(f"Sweep {sweep.name}, {jobs}{': ' if counts else ''}{counts}.")
@@ -407,7 +442,6 @@ def end(error: BaseException | None = None) -> bool:
         print(f"The sweep itself ended early: {str(reason).splitlines()[0]}")
     elif sweep.tracker is not None and outcomes and not good:
         print("The same command again does what is missing, and nothing twice.")
-    return good
 
 
 def outcomes_in(folder: Path, start: str) -> list[Outcome]:
@@ -441,10 +475,18 @@ def close_children(sweep: Sweep, parent: str) -> None:
     from okddip.resume import lock
     from okddip.tracking import MLflow, open_store
 
-    assert isinstance(sweep.tracker, MLflow)
-    for run in sweep.tracker.find({"mlflow.parentRunId": parent}):
+    if not isinstance(sweep.tracker, MLflow):
+        return
+    try:
+        running = [
+            run for run in sweep.tracker.find({"mlflow.parentRunId": parent}) if run.info.status == "RUNNING"
+        ]
+    except ConfigError as error:
+        log.warning("Runs that were killed may still be called running: %s", error)
+        return
+    for run in running:
         folder = Path(run.data.tags.get("folder", ""))
-        if run.info.status != "RUNNING" or not (folder / "run.json").exists():
+        if not (folder / "run.json").exists():
             continue
         try:
             with lock(folder):

@@ -20,12 +20,14 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from mlflow.entities import Run
 from omegaconf import DictConfig, OmegaConf
 
 from okddip import checkpoint
 from okddip.errors import ConfigError
 from okddip.main import CONFIG_HOME
+from okddip.sweep import datasets
 from okddip.trainer import Trainer, find_device
 
 Okddip = Callable[..., Answer]
@@ -264,6 +266,8 @@ def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path:
     assert teacher.info.run_name == "baseline1-seed0-network-resnet14-digits"
     assert teacher.info.status == "FINISHED"
     assert [run.data.params["method.teacher"] for run in runs(tmp_path)] == ["auto", "auto"]
+    [kind] = {run.data.tags["teacher"] for run in runs(tmp_path)}
+    assert kind.startswith("resnet14-")
 
     # a job that is this very baseline is finished with it
     answer = okddip("-m", *common, "method=baseline", "model=resnet14,resnet8", "hydra.sweep.dir=baselines")
@@ -272,7 +276,9 @@ def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path:
 
     # another seed has another teacher
     assert okddip(*common, "method=kd", "seed=1").code == 0
-    assert sorted(run.data.tags["seed"] for run in runs(tmp_path, "others")) == ["0", "1", "1"]
+    others = runs(tmp_path, "others")
+    assert sorted(run.data.tags["seed"] for run in others) == ["0", "1", "1"]
+    assert [run.data.tags["teacher"] for run in others if "teacher" in run.data.tags] == [kind]
 
 
 @pytest.mark.slow
@@ -299,6 +305,27 @@ def test_a_run_on_other_images_is_another_run(okddip: Okddip, tmp_path: Path) ->
     teachers = runs(tmp_path, "others")
     assert [run.data.params["dataset.root"] for run in teachers] == ["first", "second"]
     assert len({run.data.tags["identity"] for run in teachers}) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ("dataset=image_folder,digits", ["image_folder", "digits"]),
+        ("dataset='image_folder',digits", ["image_folder", "digits"]),
+        ("dataset=choice(image_folder)", ["image_folder"]),
+        ("dataset=glob(im*)", ["image_folder", "imagenet"]),
+        ("dataset=imagenet", ["imagenet"]),
+        ("seed=0,1", ["cifar10"]),
+    ],
+)
+def test_the_data_sets_of_a_sweep_are_known_however_they_are_written(given: str, options: list[str]) -> None:
+    with initialize_config_dir(str(CONFIG_HOME / "conf"), version_base="1.3"):
+        config = (
+            GlobalHydra.instance()
+            .config_loader()
+            .load_configuration("config", [given], run_mode=RunMode.MULTIRUN)
+        )
+        assert datasets(config) == options
 
 
 @pytest.mark.slow
@@ -527,16 +554,53 @@ def test_outcomes_are_those_of_this_sweep_wherever_hydra_puts_its_jobs(
 
 
 @pytest.mark.slow
-def test_a_signal_ends_a_sweep_and_closes_its_parent(tmp_path: Path) -> None:
-    process = start(tmp_path, *SMALL, "seed=0,1", "trainer.epochs=10000", "hydra.mode=MULTIRUN")
-    while not list(tmp_path.glob("multirun/*/0-*/last.pt")):
+@pytest.mark.parametrize("launcher", [(), ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")])
+def test_a_signal_ends_a_sweep_with_its_jobs_and_closes_their_runs(
+    tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
+    if launcher:
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    process = start(tmp_path, *SMALL, *launcher, "seed=0,1", "trainer.epochs=10000", "hydra.mode=MULTIRUN")
+    side_by_side = 2 if launcher else 1
+    while len(list(tmp_path.glob("multirun/*/*/last.pt"))) < side_by_side:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)  # ends when the last process that writes to it has
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert "cut off #0" in output
-    assert [run.info.status for run in runs(tmp_path, "parents") + runs(tmp_path)] == ["KILLED"] * 2
+    assert [f"cut off #{number}" in output for number in (0, 1)] == [True, bool(launcher)]
+    statuses = [run.info.status for run in runs(tmp_path, "parents") + runs(tmp_path)]
+    assert statuses == ["KILLED"] * (1 + side_by_side)
+
+
+@pytest.mark.slow
+def test_a_signal_while_a_sweep_is_reported_on_ends_it_as_killed(tmp_path: Path) -> None:
+    program = """
+import time
+import okddip.report
+from okddip.main import cli
+
+def make(*_):
+    print("reporting", flush=True)
+    time.sleep(100)
+
+okddip.report.make = make
+cli()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "-m", *SMALL, "seed=0"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "reporting" not in (line := process.stdout.readline()):
+        assert line, "there was no report"
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "1 job: 1 finished." in output
+    assert [run.info.status for run in runs(tmp_path, "parents") + runs(tmp_path)] == ["KILLED", "FINISHED"]
 
 
 @pytest.mark.slow
