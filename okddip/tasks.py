@@ -39,6 +39,7 @@ class Parts:
     method: Method
     optimizer: Optimizer
     schedule: Schedule
+    teacher: str = ""  # what it is, where there is one
 
 
 def train(
@@ -81,6 +82,7 @@ def train(
                     "peers": str(parts.method.peers),
                     "structure": parts.method.structure,
                     "seed": str(config.seed),
+                    **({"teacher": parts.teacher} if parts.teacher else {}),
                     "device": str(parts.trainer.device),
                     "identity": resume.identity(config),
                     "folder": str(run.folder),

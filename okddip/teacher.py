@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -88,3 +88,14 @@ def where(run: Run) -> str:
     """The checkpoint of a finished run: its folder if that is on this machine, else the artifact."""
     folder = Path(run.data.tags.get("folder", ""))
     return str(folder) if (folder / "last.pt").exists() else f"runs:/{run.info.run_id}"
+
+
+def described(state: dict[str, Any]) -> str:
+    """What a teacher is, the same for every seed: its model, and a word for its settings and images.
+
+    Args:
+        state: its checkpoint.
+    """
+    config = state["config"]
+    facts = {"identity": resume.identity({**config, "seed": None}), **state.get("digests", {})}
+    return f"{config['options']['model']}-{resume.fingerprint(facts)[:6]}"

@@ -90,7 +90,8 @@ def compare(chosen: Sequence["Run"]) -> list[Comparison]:
 
 def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     """Group runs on one data set, oldest first, by whatever varies among them."""
-    settings = pd.DataFrame([runs.settings(run) for run in chosen]).fillna("")
+    apart = runs.settings_apart(chosen)
+    settings = pd.DataFrame(apart).fillna("")
     columns = varying(settings)
     shown = settings[list(columns)].rename(columns=columns)
     # targets of Hydra are import paths: their last part is the name
@@ -114,7 +115,7 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
             {name: [run.data.metrics[metric] for run in those] for name, metric in SCORES.items()},
             index=sorted(by_seed),
         )
-        own = runs.settings(those[0])
+        own = apart[rows.index[0]]
         groups.append(
             Group(dict(zip(shown.columns, values, strict=True)), own, those, scores, {}, published_for(own))
         )

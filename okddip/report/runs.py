@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PAGE = 1000  # runs that the store sends at once
 NEEDED = {"method", "seed", "trainer.epochs"}  # params of a training run
+TEACHER = "method.teacher"  # the param: where it is
 OTHER_TASKS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
 
 
@@ -131,14 +132,37 @@ def comparable(found: Sequence["Run"]) -> tuple[list["Run"], str]:
 
 
 def settings(run: "Run") -> dict[str, str]:
-    """What may tell one row of a table from another: no seed, no place, and no teacher's checkpoint."""
-    return {
+    """What may tell one row of a table from another: no seed, no place, and what the teacher is, not where.
+
+    `teacher=auto` needs no word: what such a teacher is follows from the other settings.
+    """
+    known = {
         key: value
         for key, value in params_of(run).items()
         if not key.startswith(resume.PLACES)
         and not (key.startswith("dataset.") and key.rpartition(".")[2] in resume.PLACES_OF_DATA)
-        and key not in ("seed", "method.teacher")
+        and key not in ("seed", TEACHER)
     }
+    teacher = tag(run, "teacher")
+    return known | ({TEACHER: teacher} if teacher and params_of(run).get(TEACHER) != "auto" else {})
+
+
+def settings_apart(chosen: Sequence["Run"]) -> list[dict[str, str]]:
+    """The settings of each run; where two runs would be one but for their teachers' places, with those.
+
+    Teachers of different seeds are one kind of teacher: each student has that of its own seed. Two of them
+    for one seed are compared.
+    """
+    rows = [settings(run) for run in chosen]
+    places: dict[tuple[object, ...], set[str]] = {}
+    keys = [tuple(sorted(row.items())) for row in rows]
+    for key, run in zip(keys, chosen, strict=True):
+        places.setdefault((key, seed(run)), set()).add(params_of(run).get(TEACHER, ""))
+    several = {key for (key, _), those in places.items() if len(those) > 1}
+    return [
+        {**row, TEACHER: params_of(run).get(TEACHER, "")} if key in several else row
+        for row, key, run in zip(rows, keys, chosen, strict=True)
+    ]
 
 
 def seed(run: "Run") -> str:

@@ -149,6 +149,32 @@ def test_image_folders_are_told_apart_by_their_images_and_not_by_their_place(tmp
     }
 
 
+def test_teachers_are_compared_by_what_they_are_and_not_by_where(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("teachers")
+
+    def add(place: str, teacher: str, seed: int, last: float) -> None:
+        tags = {"teacher": teacher} if teacher else {}
+        kd = ("method=kd", f"method.teacher={place}")
+        add_runs(client, experiment, *kd, last=[last], seeds=[seed], tags=tags)
+
+    def table() -> dict[str, str]:
+        folder = make(client, runs.find(client, uri, "teachers"), tmp_path / "report")
+        lines = (folder / "table.csv").read_text().splitlines()
+        rows = pd.read_csv(folder / "table.csv", dtype=str).fillna("").to_dict("records")
+        assert len(rows) == len(lines) - 1
+        return {row.get("teacher", ""): row["seeds"] for row in rows}
+
+    add("a0", "resnet8-111111", 0, 90)
+    add("a1", "resnet8-111111", 1, 91)  # the same kind, in another place
+    assert table() == {"": "0 1"}
+    add("b0", "resnet20-222222", 0, 95)
+    assert table() == {"resnet8-111111": "0 1", "resnet20-222222": "0"}
+    add("b1", "resnet20-222222", 0, 96)  # a second of its kind for one student
+    assert table() == {"resnet8-111111": "0 1", "b0": "0", "b1": "0"}
+
+
 def test_published_figures_are_marked_where_they_differ_and_have_their_source(folder: Path) -> None:
     text = (folder / "table.txt").read_text()
     _, dml, three, four = text.splitlines()[4:8]
