@@ -457,6 +457,22 @@ def check_choices(overrides: list[str]) -> None:
             raise ConfigError(f"{group}={value}: must be an option of conf/{group}, or be left out.")
 
 
+def with_filter_quoted(overrides: Sequence[str]) -> list[str]:
+    """Overrides in which the value of `report.where` is a string to Hydra, though it was typed as it is."""
+    from okddip.report.command import as_override
+
+    quoted = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "report.where":
+            try:
+                OverridesParser.create().parse_override(override)
+            except HydraException:
+                override = f"{key}={as_override(value)}"
+        quoted.append(override)
+    return quoted
+
+
 def cli() -> None:
     """The console command: a run, a sweep or help."""
     with stop_on_signals():
@@ -465,6 +481,8 @@ def cli() -> None:
                 try:
                     distributed.check_environment()
                     check_choices(sys.argv[1:])
+                    if any(argument.startswith("report.where=") for argument in sys.argv[1:]):
+                        sys.argv[1:] = with_filter_quoted(sys.argv[1:])
                 except ConfigError as error:
                     print(error, file=sys.stderr)
                     sys.exit(1)

@@ -511,7 +511,6 @@ def report(sweep: Sweep, parent: str, finished_before: list[str]) -> None:
         runs = {run.info.run_id: run for run in sweep.tracker.find({"mlflow.parentRunId": parent})}
         runs |= {run_id: client.get_run(run_id) for run_id in finished_before if run_id not in runs}
         folder = make(client, list(runs.values()), sweep.folder / "report", parent)
-        print((folder / "table.txt").read_text(encoding="utf-8"))
         print(f"Tables and figures: {folder}")
     except Exception as error:  # the runs are whole without it, and `okddip task=report` makes it again
-        log.warning("There is no report on this sweep: %s", error)
+        log.warning("The report on this sweep is not whole: %s", error)

@@ -1,5 +1,6 @@
 """Groups of runs that differ in nothing but the seed: means, and differences to the baseline."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +26,7 @@ COMMON = {
 }
 SHAPE = ("method.peers", "method.structure")
 EQUAL = 1e-9  # percent; below it are rounding errors
+LONG_NUMBER = re.compile(r"(?=.{8})-?\d+\.\d+(e-?\d+)?")
 SEVERAL = "settings"  # one column where several settings of the method vary, as ablations do
 SCORES = {"last": "final/top1", "best": "best/top1"}
 
@@ -96,6 +98,7 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     shown = settings[list(columns)].rename(columns=columns)
     # targets of Hydra are import paths: their last part is the name
     shown = shown.map(lambda value: value.rpartition(".")[2] if value.startswith("okddip.") else value)
+    shown = shown.apply(rounded)
     of_method = [key for key in columns if key.startswith("method.")]
     usual = {method: usual_settings(rows) for method, rows in settings.groupby("method")}
     differing = [changed(row, usual[row["method"]], of_method) for _, row in settings.iterrows()]
@@ -149,6 +152,12 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     return Comparison(
         dataset, list(shown.columns), common, groups, reference, named, bool(held_out), repeated
     )
+
+
+def rounded(column: pd.Series) -> pd.Series:
+    """Values of a setting with four digits where they have more than seven, if that leaves them apart."""
+    short = column.map(lambda value: f"{float(value):.4g}" if LONG_NUMBER.fullmatch(value) else value)
+    return short if short.nunique() == column.nunique() else column
 
 
 def usual_settings(rows: pd.DataFrame) -> dict[str, str]:
@@ -241,7 +250,8 @@ def order(group: Group) -> list[tuple[int, float, str]]:
 def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
     """Mean difference with its 95% interval, from Student's t.
 
-    Over the pairs of runs with the same seed if there are at least two, otherwise Welch's for two samples.
+    Over the pairs of runs with the same seed if there are at least two, otherwise Welch's for two samples; of
+    a single run, and of two without a seed in common, there is no interval.
     There is none if nothing varies: accuracies on few images are often equal, and that is no certainty.
 
     Args:
@@ -258,5 +268,7 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
         sizes = np.array([len(ours), len(theirs)])
         with np.errstate(divide="ignore", invalid="ignore"):
             freedom = float(squares.sum() ** 2 / (squares**2 / (sizes - 1)).sum())
+        if len(apart) == 1 and sizes.min() == 1:
+            mean, pairs = apart.mean(), 1
     half = float(stats.t.ppf(0.975, freedom) * error) if error > EQUAL else np.nan
     return Difference(float(mean), float(mean - half), float(mean + half), pairs)

@@ -4,6 +4,7 @@ Colours are those of Okabe and Ito (Color Universal Design, 2008) without yellow
 a marker and a line style say the same as a colour. Figures are drawn without pyplot, whose state is global.
 """
 
+import hashlib
 import logging
 import math
 import re
@@ -48,7 +49,11 @@ LEGEND_ROW = 0.18  # inches
 DPI = 200
 FEWEST_EPOCHS_TO_MAGNIFY = 8
 ATTENTION = re.compile(r"test/attention/(\d+)/(\d+)")
+LONGEST_NAME = 150  # bytes; most file systems take 255 with an ending
+MOST_ATTENTION = 8  # figures of attention for one data set and model
 MOST_SEEDS, MOST_EPOCHS = 3, 4  # of attention matrices in one figure
+
+log = logging.getLogger(__name__)
 
 # all points of a metric: index epoch from 1 on
 History = Callable[["Run", str], pd.Series]
@@ -65,15 +70,26 @@ def write(client: "MlflowClient", comparisons: Sequence[Comparison], folder: Pat
     def of_run(run: "Run", metric: str) -> pd.Series:
         return history(run.info.run_id, metric)
 
+    written: set[str] = set()
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of each letter in a PDF
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         for comparison in comparisons:
             for model in dict.fromkeys(group.settings["model"] for group in comparison.groups):
                 name = f"{comparison.dataset}-{model}"
                 for kind, figure in draw(comparison, model, of_run).items():
-                    stem = re.sub(r"[^\w.-]+", "_", f"{kind}-{name}")
+                    stem = file_name(f"{kind}-{name}", written)
                     for ending in ("png", "pdf"):
                         figure.savefig(folder / f"{stem}.{ending}", dpi=DPI)
+
+
+def file_name(words: str, taken: set[str]) -> str:
+    """A name for a file, without its ending: of words, short enough for any disk, and then one of `taken`."""
+    name = re.sub(r"[^\w.-]+", "_", words)
+    if len(name.encode()) > LONGEST_NAME or name in taken:
+        word = hashlib.sha256(words.encode()).hexdigest()[:8]
+        name = f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}-{word}"
+    taken.add(name)
+    return name
 
 
 def draw(comparison: Comparison, model: str, history: History) -> dict[str, Figure]:
@@ -94,8 +110,14 @@ def draw(comparison: Comparison, model: str, history: History) -> dict[str, Figu
         "predictors": predictors(groups, place),
         "peers": against_peers(groups, history, place),
     }
-    for label, group in groups.items():
-        figures[f"attention-{label}"] = attention(group, history, f"{label} on {place}")
+    attentive = [label for label, group in groups.items() if any(attends(run) for run in group.runs)]
+    for label in attentive[:MOST_ATTENTION]:
+        figures[f"attention-{label}"] = attention(groups[label], history, f"{label} on {place}")
+    if len(attentive) > MOST_ATTENTION:
+        log.info(
+            "%s: attention is drawn of the first %d of %d settings; report.where chooses others.",
+            *(place, MOST_ATTENTION, len(attentive)),
+        )
     return {kind: figure for kind, figure in figures.items() if figure is not None}
 
 
@@ -253,6 +275,10 @@ def attention(group: Group, history: History, title: str) -> Figure | None:
     figure.supylabel("auxiliary peer that asks", fontsize=9)
     figure.colorbar(image, ax=grid, label="attention weight (rows sum to 1)", shrink=0.8)
     return figure
+
+
+def attends(run: "Run") -> bool:
+    return any(ATTENTION.fullmatch(name) for name in run.data.metrics)
 
 
 def attention_of(run: "Run", history: History) -> dict[int, np.ndarray]:

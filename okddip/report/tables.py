@@ -85,10 +85,10 @@ def spread(scores: pd.Series) -> str:
 def interval(difference: Difference | None) -> str:
     if difference is None:
         return ""
+    how = {0: "unpaired", 1: "1 pair"}.get(difference.pairs, f"{difference.pairs} pairs")
     if math.isnan(difference.low):
-        return f"{difference.mean:+.2f}"
-    pairs = f" {difference.pairs} pairs" if difference.pairs else " unpaired"
-    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]{pairs}"
+        return f"{difference.mean:+.2f} {how}"
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}] {how}"
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -106,6 +106,8 @@ def notes(comparison: Comparison) -> list[str]:
                 "In brackets its 95% interval by Student's t, over pairs of runs with the same seed"
                 " (unpaired: Welch's, where fewer than two seeds are in both)."
             )
+        elif any(difference.pairs for difference in differences):
+            lines.append("Pairs are runs with the same seed.")
         if any(math.isnan(difference.low) for difference in differences):
             lines.append("Where there is none, it would take two seeds of each, and differences that vary.")
     if comparison.named:

@@ -45,14 +45,13 @@ def report(config: DictConfig, build: Callable[[DictConfig], "Parts"]) -> None:
     found = runs.find(client, uri, config.tracking.experiment, asked.sweep, asked.where)
     folder = Path(asked.out or Path(HydraConfig.get().runtime.output_dir) / "report")
     make(client, found, folder)
-    print((folder / "table.txt").read_text(encoding="utf-8"))
     print(f"Tables and figures: {folder}")
 
 
 def make(
     client: "MlflowClient", found: Sequence["Run"], folder: Path, parent_run_id: str | None = None
 ) -> Path:
-    """Write tables (text, Markdown, LaTeX, CSV) and figures (PNG, PDF) of runs into a folder.
+    """Print the table of runs; write tables (text, Markdown, LaTeX, CSV) and figures (PNG, PDF) to a folder.
 
     Args:
         client: of the store that holds the runs.
@@ -73,6 +72,7 @@ def make(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tables.write(comparisons, left_out, folder)
+        print((folder / "table.txt").read_text(encoding="utf-8"))  # whatever becomes of figures
         figures.write(client, comparisons, folder)
     except OSError as error:
         raise ConfigError(

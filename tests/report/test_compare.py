@@ -11,11 +11,13 @@ from okddip.report.compare import (
     ablation,
     changed,
     difference,
+    rounded,
     short_names,
     usual_settings,
     varying,
 )
 from okddip.report.published import option
+from okddip.report.tables import interval
 
 
 def scores(values: list[float], seeds: list[int]) -> pd.Series:
@@ -49,6 +51,27 @@ def test_a_single_run_has_a_difference_and_no_interval() -> None:
     assert found.mean == 1
     assert math.isnan(found.low)
     assert math.isnan(found.high)
+
+
+def test_a_single_run_is_compared_with_the_run_of_its_seed() -> None:
+    found = difference(scores([94.0], [1]), scores([90.0, 93.5, 97.0], [0, 1, 2]))
+    assert (found.mean, found.pairs) == (0.5, 1)
+    assert interval(found) == "+0.50 1 pair"
+    unpaired = difference(scores([94.0], [7]), scores([90.0, 94.0], [0, 1]))
+    assert interval(unpaired) == "+2.00 unpaired"
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (["0.012345678901234567", "0.1"], ["0.01235", "0.1"]),
+        (["1.2345678901e-05", "null"], ["1.235e-05", "null"]),
+        (["0.123456781", "0.123456782"], ["0.123456781", "0.123456782"]),
+        (["12345678", "resnet110"], ["12345678", "resnet110"]),
+    ],
+)
+def test_long_numbers_are_rounded_where_that_leaves_them_apart(values: list[str], shown: list[str]) -> None:
+    assert list(rounded(pd.Series(values))) == shown
 
 
 def test_equal_differences_are_no_certainty() -> None:

@@ -332,6 +332,40 @@ def test_the_task_prints_the_table_of_what_a_filter_chooses(okddip: Okddip, uri:
 
 
 @pytest.mark.parametrize(
+    "where",
+    [
+        "tags.method = 'dml'",
+        "tags.method='dml' and params.`trainer.epochs` = \"12\"",
+        "tags.method LIKE 'd%'",
+        "metrics.`final/top1` > 92.9 AND params.method='dml'",
+    ],
+)
+def test_a_filter_may_be_typed_as_mlflow_reads_it(okddip: Okddip, uri: str, where: str) -> None:
+    store = (f"tracking.uri={uri}", "tracking.experiment=compare", "hydra.run.dir=run")
+    answer = okddip("task=report", *store, f"report.where={where}")
+    assert answer.code == 0, answer.err
+    assert "93.50 ± 0.71" in answer.out
+
+
+def test_files_of_figures_have_short_names_of_their_own(tmp_path: Path) -> None:
+    taken: set[str] = set()
+    names = [figures.file_name(words, taken) for words in ("a b", "a/b", "ü" * 300, f"{'ü' * 300}b")]
+    assert names[0] == "a_b"
+    assert len(set(names)) == 4
+    assert max(len(name.encode()) for name in names) < 200
+
+
+def test_a_report_is_whole_however_long_the_path_of_the_images_is(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("deep")
+    root = "/".join(["a_folder_within_a_folder"] * 20)
+    add_runs(client, experiment, "dataset=image_folder", f"dataset.root={root}", last=[90], seeds=[0])
+    folder = make(client, runs.find(client, uri, "deep"), tmp_path / "report")
+    assert len(list(folder.glob("accuracy-image_folder*.png"))) == 1
+
+
+@pytest.mark.parametrize(
     ("overrides", "messages"),
     [
         (["report.sweep=nope"], ["report.sweep=nope: 0 of the experiment's", "tracking.experiment=compare"]),
