@@ -163,7 +163,7 @@ def find_teacher(settings: DictConfig) -> str:
     Raises:
         ConfigError: the store has no such run.
     """
-    run = finished_run(teacher.configuration(settings))
+    run = finished_run(teacher.configuration(settings), everywhere=True)
     if run is None:
         raise ConfigError(
             "method.teacher=auto: the store that tracking names has no finished run of this checkpoint's"

@@ -23,7 +23,7 @@ from okddip import checkpoint, distributed, sweep
 from okddip.checkpoint import KEYS, TRAINING_KEYS
 from okddip.data.dataset import Dataset
 from okddip.errors import ConfigError, check_number
-from okddip.tracking import MLflow, NoTracking, absolute, flatten, public
+from okddip.tracking import MLflow, NoTracking, absolute, flatten
 
 log = logging.getLogger(__name__)
 
@@ -386,12 +386,12 @@ def find_tracked(run: Run, tracker: MLflow | NoTracking, reference: str | None) 
     """Find the MLflow run of a run that goes on and does not know it.
 
     It was cut off before it could write the ID down, or `run.json` is damaged; or it went on in another store
-    in between.
+    or another experiment in between.
     """
-    elsewhere = isinstance(tracker, MLflow) and run.store not in (None, public(tracker.uri))
-    if run.taken_up and (run.tracking_id is None or (elsewhere and reference == "auto")):
-        for found in tracker.find({"folder": str(run.folder)})[:1]:
-            run.tracking_id = found.info.run_id
+    if run.taken_up and (run.tracking_id is None or reference == "auto"):
+        found = [known.info.run_id for known in tracker.find({"folder": str(run.folder)})]
+        if found and run.tracking_id not in found:
+            run.tracking_id = found[0]
 
 
 def refuse_other_epoch(reference: str, name: str) -> None:

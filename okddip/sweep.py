@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -44,11 +45,14 @@ log = logging.getLogger(__name__)
 
 # reach the jobs under any launcher
 NAME, PARENT_RUN, START = "OKDDIP_SWEEP", "OKDDIP_PARENT_RUN", "OKDDIP_SWEEP_START"
+UNNAMED = "OKDDIP_SWEEP_UNNAMED"  # what is swept and does not show in the setting `name`
 
 TRAIN = "okddip.tasks.train"
 
 GOOD = {"finished", "finished before", "skipped"}  # outcomes
 FINISHED_BEFORE, IDS_IN_A_TAG = "finished_before", 200  # MLflow's tags hold 8,000 letters
+
+LONGEST_VALUE = 24  # letters of a value in the name of a run
 
 NO_CHDIR = (
     "hydra.job.chdir=true: would make another place of each relative path, and another store of each run's"
@@ -205,6 +209,7 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
             run_id=same[0].info.run_id if same else None,
         )
         os.environ[NAME], os.environ[PARENT_RUN] = sweep.name, run_id
+        os.environ[UNNAMED] = " ".join(key for key in swept if key not in named_by(config))
 
 
 def datasets(config: DictConfig) -> list[str]:
@@ -213,6 +218,13 @@ def datasets(config: DictConfig) -> list[str]:
     if not (chosen and chosen[-1].is_discrete_sweep()):
         return [str(config.hydra.runtime.choices.dataset)]
     return [str(getattr(option, "text", option)) for option in chosen[-1].sweep_iterator()]
+
+
+def named_by(config: DictConfig) -> set[str]:
+    """The keys and groups that the setting `name` refers to."""
+    name = str(OmegaConf.to_container(config, resolve=False)["name"])  # type: ignore[call-overload, index]
+    keys = set(re.findall(r"\$\{([^}]+)\}", name))
+    return {key.removeprefix("options.").removeprefix("hydra:runtime.choices.") for key in keys}
 
 
 def description(swept: Mapping[str, str]) -> str:
@@ -244,6 +256,22 @@ def tags() -> dict[str, str]:
     """What a job's run says of its sweep."""
     tags = {"sweep": os.environ.get(NAME, ""), "mlflow.parentRunId": os.environ.get(PARENT_RUN, "")}
     return {key: value for key, value in tags.items() if value}
+
+
+def name_of_run(config: DictConfig) -> str:
+    """What a run is called in MLflow: its name, in a sweep after what the name does not show.
+
+    Ahead of it, since MLflow's column of names shows their beginnings.
+    """
+    unnamed = os.environ.get(UNNAMED, "").split()
+    given = dict(override.split("=", 1) for override in HydraConfig.get().overrides.task if "=" in override)
+    words = [f"{key.rpartition('.')[2]}={shortened(given[key])}" for key in unnamed if key in given]
+    return " ".join([*words, config.name])
+
+
+def shortened(value: str) -> str:
+    """The end of a long value: that of a path tells more than its beginning."""
+    return value if len(value) <= LONGEST_VALUE else f"...{value[3 - LONGEST_VALUE :]}"
 
 
 def is_job() -> bool:
@@ -353,8 +381,12 @@ def only_one(config: DictConfig) -> Iterator[None]:
         lock.release()
 
 
-def finished_run(config: DictConfig) -> Run | None:
+def finished_run(config: DictConfig, everywhere: bool = False) -> Run | None:
     """The newest finished MLflow run with this configuration and these images, of tracking's experiment.
+
+    Args:
+        config: of the run.
+        everywhere: look in all experiments of the store.
 
     Raises:
         ConfigError: the store cannot be opened, or the images that are to be compared cannot be had.
@@ -364,7 +396,7 @@ def finished_run(config: DictConfig) -> Run | None:
 
     tracker = instantiate(config.tracking)
     tracker.open()
-    for run in tracker.find({"identity": identity(config)}):
+    for run in tracker.find({"identity": identity(config)}, everywhere):
         if run.info.status == "FINISHED" and "final/top1" in run.data.metrics:
             if digests_of(run) == digests(config):
                 return run
@@ -384,6 +416,7 @@ def end(error: BaseException | None = None) -> bool:
     global _begun
     sweep, _begun = _begun, None
     os.environ.pop(NAME, None)
+    os.environ.pop(UNNAMED, None)
     parent = os.environ.pop(PARENT_RUN, "")
     start = os.environ.pop(START, "")
     if sweep is None:

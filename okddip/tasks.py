@@ -75,7 +75,7 @@ def train(
         with concluded(parts.tracker):
             resume.find_tracked(run, parts.tracker, config.trainer.resume)
             tracking_id = parts.tracker.start(
-                name=config.name,
+                name=config.name if teacher_folder else sweep.name_of_run(config),
                 params=params_of(config),
                 tags={
                     **{name: str(option) for name, option in config.options.items()},

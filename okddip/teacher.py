@@ -46,7 +46,8 @@ def provide(config: DictConfig, build: Callable[[DictConfig], tasks.Parts]) -> s
         # always the same folder: a teacher that was cut off is found there, with or without a store
         data = distributed.from_rank_0(lambda: resume.fingerprint(resume.digests(teacher)))
         folder = Path("outputs", teacher.name, f"{resume.identity(teacher)}-{data}").absolute()
-        log.info("teacher    %s, trained first", teacher.name)
+        goes_on = distributed.from_rank_0(lambda: resume.newest(teacher, folder) is not None)
+        log.info("teacher    %s, %s first", teacher.name, "goes on" if goes_on else "trained")
         if distributed.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
         tasks.train(teacher, build, folder)
@@ -57,7 +58,7 @@ def provide(config: DictConfig, build: Callable[[DictConfig], tasks.Parts]) -> s
 
 def finished(teacher: DictConfig) -> str | None:
     """Where the checkpoint of a teacher is that was trained before."""
-    run = sweep.finished_run(teacher)
+    run = sweep.finished_run(teacher, everywhere=True)
     if run is None:
         return None
     log.info("teacher    %s, finished as MLflow run %s", teacher.name, run.info.run_id)

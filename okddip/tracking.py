@@ -281,8 +281,12 @@ class MLflow:
         for batch in _batches(items, MAX_PARAMS):
             self._send("params", partial(self._client.log_batch, self.run_id, params=batch))
 
-    def find(self, tags: Mapping[str, str]) -> list["mlflow.entities.Run"]:
+    def find(self, tags: Mapping[str, str], everywhere: bool = False) -> list["mlflow.entities.Run"]:
         """The experiment's runs that have all these tags, newest first.
+
+        Args:
+            tags: of the runs.
+            everywhere: look in all experiments of the store.
 
         Raises:
             ConfigError: the store does not answer any more.
@@ -293,23 +297,26 @@ class MLflow:
             f"tags.`{key}` = " + (f'"{value}"' if "'" in value else f"'{value}'")
             for key, value in sayable.items()
         )
-        found: list[mlflow.entities.Run] = []
-        page_token: str | None = None
+        experiments = [self._experiment_id]
+        if everywhere:
+            experiments = [each.experiment_id for each in self._all_of(self._client.search_experiments)]
+        search = partial(
+            self._client.search_runs, experiments, wanted, order_by=["attributes.start_time DESC"]
+        )
+        return [run for run in self._all_of(search) if tags.items() <= run.data.tags.items()]
+
+    def _all_of(self, search: Callable[..., Any]) -> list[Any]:
+        """What a search of the client finds, page after page."""
+        found: list[Any] = []
+        token: str | None = None
         while True:
-            search = partial(
-                self._client.search_runs,
-                [self._experiment_id],
-                wanted,
-                order_by=["attributes.start_time DESC"],
-                page_token=page_token,
-            )
             try:
-                page = self._call(OPEN_SECONDS, search)
+                page = self._call(OPEN_SECONDS, partial(search, page_token=token))
             except Exception as error:
                 raise self._cannot_open(error) from error
-            found += [run for run in page if tags.items() <= run.data.tags.items()]
-            page_token = page.token
-            if not page_token:
+            found += page
+            token = page.token
+            if not token:
                 return found
 
     def log(self, metrics: Mapping[str, float], epoch: int, timestamp_ms: int | None = None) -> None:
@@ -509,7 +516,7 @@ class NoTracking:
         """Return an empty run ID."""
         return self.run_id
 
-    def find(self, tags: Mapping[str, str]) -> list["mlflow.entities.Run"]:
+    def find(self, tags: Mapping[str, str], everywhere: bool = False) -> list["mlflow.entities.Run"]:
         """There are no runs to find."""
         return []
 

@@ -164,6 +164,8 @@ def test_a_sweep_runs_all_jobs_and_says_what_became_of_them(okddip: Okddip, tmp_
         *(("peers", "2,3"), ("seed", "0"), ("sweep", "method.peers x optimizer.lr")),
     }
     assert [run.info.status for run in runs(tmp_path)] == ["FAILED", "FINISHED"]
+    names = [f"lr={lr} okddip3-seed0-branch-resnet8-digits" for lr in ("1e+30", "0.02")]
+    assert [run.info.run_name for run in runs(tmp_path)] == names
     for run in runs(tmp_path):
         assert run.data.tags.items() >= {
             *(("method", "okddip"), ("model", "resnet8"), ("dataset", "digits"), ("structure", "branch")),
@@ -411,6 +413,26 @@ def test_runs_of_another_experiment_and_deleted_ones_are_left_as_they_are(
     assert answer.code == 0, answer.err
     assert "2 jobs: 1 finished, 1 finished before." in answer.out
     assert [run.info.status for run in runs(tmp_path)] == ["FINISHED"] * 2
+
+    # one that was cut off here and finished there is finished here too, as the run that it was
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client.set_terminated(before[1].info.run_id, "KILLED")
+    known = {run.info.run_id for run in runs(tmp_path)}
+    answer = okddip(*command)
+    assert answer.code == 0, answer.err
+    assert {run.info.run_id for run in runs(tmp_path)} == known
+    assert [run.info.status for run in runs(tmp_path)] == ["FINISHED"] * 2
+
+
+@pytest.mark.slow
+def test_a_teacher_is_found_in_whatever_experiment_it_was_trained(okddip: Okddip, tmp_path: Path) -> None:
+    plain = okddip(*SMALL, "method=baseline", "tracking.experiment=baselines", "hydra.run.dir=plain")
+    assert plain.code == 0, plain.err
+    answer = okddip(*SMALL, "method=kd", "method.teacher=auto", "method.teacher_model=resnet8")
+    assert answer.code == 0, answer.err
+    assert "teacher    baseline1-seed0-network-resnet8-digits, finished as MLflow run" in answer.out
+    [student] = runs(tmp_path, "others")  # of this experiment
+    assert student.data.tags["method"] == "kd"
 
 
 def test_several_presets_at_once_are_refused(okddip: Okddip) -> None:
