@@ -69,6 +69,11 @@ class Comparison:
     held_out: bool  # the best epoch was chosen by images held out of the training set
     repeated: int  # runs left out, as a newer one has the same settings and seed
 
+    def shown(self, column: str) -> dict[str, str]:
+        """The values of a column as readers see them."""
+        values = pd.Series([group.values[column] for group in self.groups])
+        return dict(zip(values, rounded(values), strict=True))
+
     def label(self, group: Group) -> str:
         """What tells a group from the others of its model: its method, and what varies within that."""
         alike = [
@@ -78,7 +83,7 @@ class Comparison:
         ]
         words = [group.method]
         for column in self.columns:
-            value = group.values[column]
+            value = self.shown(column)[group.values[column]]
             if len({other.values[column] for other in alike}) > 1 and value:
                 plain = {"peers": f"{value} peers", SEVERAL: value, "structure": value}
                 words.append(plain.get(column, f"{column} {value}"))
@@ -98,7 +103,6 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     shown = settings[list(columns)].rename(columns=columns)
     # targets of Hydra are import paths: their last part is the name
     shown = shown.map(lambda value: value.rpartition(".")[2] if value.startswith("okddip.") else value)
-    shown = shown.apply(rounded)
     of_method = [key for key in columns if key.startswith("method.")]
     usual = {method: usual_settings(rows) for method, rows in settings.groupby("method")}
     differing = [changed(row, usual[row["method"]], of_method) for _, row in settings.iterrows()]

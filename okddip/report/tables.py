@@ -62,9 +62,10 @@ def title(comparison: Comparison) -> str:
 
 def cells(comparison: Comparison) -> pd.DataFrame:
     """The table as it is read: a row a group, all cells text."""
+    shown = {column: comparison.shown(column) for column in comparison.columns}
     rows = [
         {
-            **group.values,
+            **{column: shown[column][value] for column, value in group.values.items()},
             "n": str(len(group.runs)),
             "last epoch": spread(group.scores["last"]),
             "best epoch": spread(group.scores["best"]),

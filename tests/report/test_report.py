@@ -347,6 +347,17 @@ def test_a_filter_may_be_typed_as_mlflow_reads_it(okddip: Okddip, uri: str, wher
     assert "93.50 ± 0.71" in answer.out
 
 
+def test_numbers_are_rounded_for_readers_and_not_in_the_csv_file(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("drawn")
+    for rate in ("0.0123456789012", "0.1"):
+        add_runs(client, experiment, "method=one", f"optimizer.lr={rate}", last=[90], seeds=[0])
+    folder = make(client, runs.find(client, uri, "drawn"), tmp_path / "report")
+    assert "one     0.01235  1" in (folder / "table.txt").read_text()
+    assert "0.0123456789012" in (folder / "table.csv").read_text()
+
+
 def test_files_of_figures_have_short_names_of_their_own(tmp_path: Path) -> None:
     taken: set[str] = set()
     names = [figures.file_name(words, taken) for words in ("a b", "a/b", "ü" * 300, f"{'ü' * 300}b")]
