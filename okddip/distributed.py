@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from okddip.errors import ConfigError
+from okddip.signals import asked_to_stop
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +127,7 @@ def rank_0_speaks() -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        if end.code and sys.stderr is unsaid:
+        if end.code and sys.stderr is unsaid and not asked_to_stop():
             time.sleep(PATIENCE if local_rank() == 0 else 1.2 * PATIENCE)  # one for each machine
             sys.__stderr__.write(unsaid.getvalue())  # type: ignore[union-attr]
         raise

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 # reach the jobs under any launcher
 NAME, PARENT_RUN, START = "OKDDIP_SWEEP", "OKDDIP_PARENT_RUN", "OKDDIP_SWEEP_START"
+TRAINED_FOR = "trained_for"  # the tag of a teacher: the parent run
 UNNAMED = "OKDDIP_SWEEP_UNNAMED"  # what is swept and does not show in the setting `name`
 
 TRAIN = "okddip.tasks.train"
@@ -256,6 +257,12 @@ def tags() -> dict[str, str]:
     """What a job's run says of its sweep."""
     tags = {"sweep": os.environ.get(NAME, ""), "mlflow.parentRunId": os.environ.get(PARENT_RUN, "")}
     return {key: value for key, value in tags.items() if value}
+
+
+def tags_of_teacher() -> dict[str, str]:
+    """What the run of a teacher that a job trains says of the sweep; it is no child of the parent."""
+    parent = os.environ.get(PARENT_RUN, "")
+    return {TRAINED_FOR: parent} if parent else {}
 
 
 def name_of_run(config: DictConfig) -> str:
@@ -504,7 +511,7 @@ def finished_before(parent: Run) -> set[str]:
 
 
 def close_children(sweep: Sweep, parent: str) -> None:
-    """End the MLflow runs of jobs whose process was killed, and could not do it."""
+    """End the MLflow runs of jobs, and of their teachers, whose process was killed and could not do it."""
     from okddip.resume import lock
     from okddip.tracking import MLflow, open_store
 
@@ -512,7 +519,10 @@ def close_children(sweep: Sweep, parent: str) -> None:
         return
     try:
         running = [
-            run for run in sweep.tracker.find({"mlflow.parentRunId": parent}) if run.info.status == "RUNNING"
+            run
+            for key in ("mlflow.parentRunId", TRAINED_FOR)
+            for run in sweep.tracker.find({key: parent})
+            if run.info.status == "RUNNING"
         ]
     except ConfigError as error:
         log.warning("Runs that were killed may still be called running: %s", error)

@@ -87,7 +87,7 @@ def train(
                     "identity": resume.identity(config),
                     "folder": str(run.folder),
                     **({} if run.tracking_id else description(config, parts)),  # which people may edit
-                    **({} if teacher_folder else sweep.tags()),
+                    **(sweep.tags_of_teacher() if teacher_folder else sweep.tags()),
                 },
                 config_yaml=OmegaConf.to_yaml(config),
                 command=shlex.join(["okddip", *sys.argv[1:]]),

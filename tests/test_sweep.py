@@ -596,6 +596,22 @@ def test_a_signal_ends_a_sweep_with_its_jobs_and_closes_their_runs(
 
 
 @pytest.mark.slow
+def test_a_teacher_whose_process_ends_with_its_sweep_is_not_called_running(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    teacher = ("method=kd", "method.teacher=auto", "method.teacher_model=resnet14")
+    process = start(
+        tmp_path, "-m", *SMALL, *teacher, "seed=0", "trainer.epochs=10000", "hydra/launcher=joblib"
+    )
+    while not list(tmp_path.glob("outputs/baseline1*/*/last.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert [run.info.status for run in runs(tmp_path, "parents") + runs(tmp_path, "others")] == ["KILLED"] * 2
+
+
+@pytest.mark.slow
 def test_a_signal_while_a_sweep_is_reported_on_ends_it_as_killed(tmp_path: Path) -> None:
     program = """
 import time
