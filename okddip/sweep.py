@@ -440,6 +440,8 @@ def end(error: BaseException | None = None) -> bool:
         try:
             close_children(sweep, parent)
             report(sweep, parent, finished_before)
+        except Exception:  # the jobs are done, and the last lines are still to be said
+            log.exception("The end of the sweep is not whole:")
         except BaseException as stop:
             error = stop
     kinds = Counter(outcome.kind for outcome in outcomes)

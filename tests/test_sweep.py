@@ -517,6 +517,21 @@ def test_an_outcome_that_cannot_be_read_does_not_keep_a_sweep_from_its_end(
     assert [run.info.status for run in runs(tmp_path, "parents")] == ["FINISHED"]
 
 
+def test_whatever_fails_at_the_end_of_a_sweep_is_shown_and_its_parent_closed(
+    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no more handles")
+
+    monkeypatch.setattr("okddip.sweep.close_children", fail)
+    answer = okddip("-m", *SMALL, "method=baseline", "seed=0")
+    assert answer.code == 0
+    assert "The end of the sweep is not whole:" in answer.out + answer.err
+    assert "no more handles" in answer.out + answer.err
+    assert "1 job: 1 finished." in answer.out
+    assert [run.info.status for run in runs(tmp_path, "parents")] == ["FINISHED"]
+
+
 def test_a_sweep_on_a_store_that_cannot_be_opened_runs_no_job(okddip: Okddip, tmp_path: Path) -> None:
     answer = okddip("-m", *SMALL, "seed=0,1", "tracking.uri=sqlite:///missing/mlflow.db")
     assert answer.code == 1
