@@ -53,6 +53,8 @@ TRAIN = "okddip.tasks.train"
 GOOD = {"finished", "finished before", "skipped"}  # outcomes
 FINISHED_BEFORE, IDS_IN_A_TAG = "finished_before", 200  # MLflow's tags hold 8,000 letters
 
+NO_END = "its process has not come to its end; "
+
 LONGEST_VALUE = 24  # letters of a value in the name of a run
 
 NO_CHDIR = (
@@ -72,6 +74,7 @@ class Sweep:
 
     name: str
     folder: Path
+    outlived: bool = False  # by its jobs, if it is stopped
     tracker: MLflow | NoTracking | None = None  # None: jobs that are no training runs have no parent
     jobs: list[list[str]] = field(default_factory=list)  # overrides of each, where they are known beforehand
     left_out: list[Outcome] = field(default_factory=list)  # of jobs that cannot be
@@ -83,7 +86,7 @@ class Outcome:
 
     job: int
     overrides: list[str]
-    kind: str  # finished, finished before, skipped, failed, cut off, not started
+    kind: str  # finished, finished before, skipped, failed, cut off, still running, not started
     reason: str = ""
     run_id: str = ""  # of the MLflow run that finished before
     value: float | None = None  # what the job returned
@@ -130,7 +133,8 @@ def begin(config: DictConfig) -> Sweep:
         )
     os.environ[START] = uuid.uuid4().hex
     name = config.hydra.runtime.choices.get("multirun_presets") or " x ".join(swept) or "sweep"
-    return Sweep(name, Path(config.hydra.sweep.dir).absolute())
+    submitit = "submitit" in config.hydra.launcher._target_
+    return Sweep(name, Path(config.hydra.sweep.dir).absolute(), outlived=submitit)
 
 
 def overrides_of(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:
@@ -317,7 +321,7 @@ def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[
         HydraConfig.get().job.num,
         list(HydraConfig.get().overrides.task),
         "cut off",
-        f"its process has not come to its end; see {folder}",
+        f"{NO_END}see {folder}",
         start=os.environ.get(START, ""),
     )
     write(outcome, folder)
@@ -435,6 +439,13 @@ def end(error: BaseException | None = None) -> bool:
         for number, job in enumerate(sweep.jobs)
         if number not in begun
     ]
+    if is_stop(error) and sweep.outlived:
+        outcomes = [
+            replace(outcome, kind="still running", reason=outcome.reason.removeprefix(NO_END))
+            if outcome.kind == "cut off"
+            else outcome
+            for outcome in outcomes
+        ]
     finished_before = [outcome.run_id for outcome in outcomes if outcome.run_id]
     if parent and outcomes and not is_stop(error):
         try:
@@ -475,11 +486,13 @@ def conclude(sweep: Sweep, outcomes: Sequence[Outcome], good: bool, error: BaseE
     common = (
         set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if len(outcomes) > 1 else set()
     )
-    for kind in ("skipped", "not started", "cut off", "failed"):
+    for kind in ("skipped", "not started", "still running", "cut off", "failed"):
         for outcome in outcomes:
             if outcome.kind == kind:
                 own = " ".join(part for part in outcome.overrides if part not in common)
                 print(f"{kind} #{outcome.job} {own}: {outcome.reason}")
+    if is_stop(error) and sweep.outlived:
+        print("Jobs that submitit was given go on, or begin, without this process.")
     if outcomes and isinstance(error, SystemExit) and isinstance(reason := error.__context__, HydraException):
         print(f"The sweep itself ended early: {str(reason).splitlines()[0]}")
     elif sweep.tracker is not None and outcomes and not good:

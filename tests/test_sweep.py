@@ -611,6 +611,28 @@ def test_a_signal_ends_a_sweep_with_its_jobs_and_closes_their_runs(
 
 
 @pytest.mark.slow
+def test_jobs_of_submitit_outlive_a_sweep_that_is_stopped_and_are_waited_for(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    command = (*SMALL, "method=baseline", "seed=0,1", "trainer.epochs=60", "hydra.mode=MULTIRUN")
+    command += ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5")
+    process = start(tmp_path, *command)
+    while len(list(tmp_path.glob("multirun/*/*/last.pt"))) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    assert "Sweep seed, 2 jobs: 2 still running.\n" in lines
+    assert "Jobs that submitit was given go on, or begin, without this process.\n" in lines
+    assert process.wait(60) == 128 + signal.SIGTERM
+    again = start(tmp_path, *command)
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    assert "Sweep seed, 2 jobs: 2 finished before." in output
+    assert [run.info.status for run in runs(tmp_path, "parents") + runs(tmp_path)] == ["FINISHED"] * 3
+
+
+@pytest.mark.slow
 def test_a_teacher_whose_process_ends_with_its_sweep_is_not_called_running(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     teacher = ("method=kd", "method.teacher=auto", "method.teacher_model=resnet14")
