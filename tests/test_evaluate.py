@@ -93,6 +93,8 @@ def test_a_teacher_that_the_program_chose_is_found_and_never_trained(okddip: Okd
     assert answer.code == 0, answer.err
     assert report()["metrics"]["teacher/top1"] == state["metrics"]["test/teacher/top1"]
     answer = okddip(*EVALUATE, "checkpoint=run", "tracking.experiment=another")
+    assert answer.code == 0, answer.err
+    answer = okddip(*EVALUATE, "checkpoint=run", "tracking.uri=sqlite:///another.db")
     assert answer.code == 1
     assert "method.teacher=auto: the store that tracking names has no finished run" in answer.err
 

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from mlflow.tracking import MlflowClient
 from report_store import EPOCHS, add_runs
 
-from okddip.report import figures, make, runs
-from okddip.report.compare import compare
+from okddip.report import figures, make, runs, tables
+from okddip.report.compare import Group, compare
 from okddip.tracking import MLflow, open_store
 
 Okddip = Callable[..., Answer]
@@ -160,11 +160,11 @@ def test_teachers_are_compared_by_what_they_are_and_not_by_where(tmp_path: Path)
         add_runs(client, experiment, *kd, last=[last], seeds=[seed], tags=tags)
 
     def table() -> dict[str, str]:
-        folder = make(client, runs.find(client, uri, "teachers"), tmp_path / "report")
-        lines = (folder / "table.csv").read_text().splitlines()
-        rows = pd.read_csv(folder / "table.csv", dtype=str).fillna("").to_dict("records")
-        assert len(rows) == len(lines) - 1
-        return {row.get("teacher", ""): row["seeds"] for row in rows}
+        [comparison] = compare(runs.comparable(runs.find(client, uri, "teachers"))[0])
+        return {group.values.get("teacher", ""): seeds(group) for group in comparison.groups}
+
+    def seeds(group: Group) -> str:
+        return " ".join(map(str, group.scores.index))
 
     add("a0", "resnet8-111111", 0, 90)
     add("a1", "resnet8-111111", 1, 91)  # the same kind, in another place
@@ -353,9 +353,9 @@ def test_numbers_are_rounded_for_readers_and_not_in_the_csv_file(tmp_path: Path)
     experiment = client.create_experiment("drawn")
     for rate in ("0.0123456789012", "0.1"):
         add_runs(client, experiment, "method=one", f"optimizer.lr={rate}", last=[90], seeds=[0])
-    folder = make(client, runs.find(client, uri, "drawn"), tmp_path / "report")
-    assert "one     0.01235  1" in (folder / "table.txt").read_text()
-    assert "0.0123456789012" in (folder / "table.csv").read_text()
+    tables.write(compare(runs.comparable(runs.find(client, uri, "drawn"))[0]), "", tmp_path)
+    assert "one     0.01235  1" in (tmp_path / "table.txt").read_text()
+    assert "0.0123456789012" in (tmp_path / "table.csv").read_text()
 
 
 def test_files_of_figures_have_short_names_of_their_own(tmp_path: Path) -> None:
