@@ -462,9 +462,9 @@ def end(error: BaseException | None = None) -> bool:
             if is_stop(error):
                 sweep.tracker.finish("KILLED")  # first of all: there may be seconds left
             sweep.tracker.set_tags(finished_before_tags(finished_before))
-            if is_stop(error):
+            if parent and is_stop(error):
                 close_children(sweep, parent)
-            else:
+            elif not is_stop(error):
                 sweep.tracker.finish("FINISHED" if good else "FAILED")
         conclude(sweep, outcomes, good, error)
     if is_stop(error):

@@ -237,6 +237,7 @@ class MLflow:
         return self.run_id
 
     def _create_run(self, name: str, tags: dict[str, str]) -> str:
+        name = name[:MAX_KEY_LENGTH]  # what databases other than SQLite take
         create = partial(self._client.create_run, self._experiment_id, run_name=name, tags=tags)
         try:
             return self._call(OPEN_SECONDS, create).info.run_id
