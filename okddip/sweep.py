@@ -568,7 +568,6 @@ def report(sweep: Sweep, parent: str, finished_before: list[str]) -> None:
         client = open_store(sweep.tracker.uri)
         runs = {run.info.run_id: run for run in sweep.tracker.find({"mlflow.parentRunId": parent})}
         runs |= {run_id: client.get_run(run_id) for run_id in finished_before if run_id not in runs}
-        folder = make(client, list(runs.values()), sweep.folder / "report", parent)
-        print(f"Tables and figures: {folder}")
+        make(client, list(runs.values()), sweep.folder / "report", parent)
     except Exception as error:  # the runs are whole without it, and `okddip task=report` makes it again
         log.warning("The report on this sweep is not whole: %s", error)

@@ -110,7 +110,9 @@ def notes(comparison: Comparison) -> list[str]:
         elif any(difference.pairs for difference in differences):
             lines.append("Pairs are runs with the same seed.")
         if any(math.isnan(difference.low) for difference in differences):
-            lines.append("Where there is none, it would take two seeds of each, and differences that vary.")
+            lines.append(
+                "Where there is no 95% interval, it would take two seeds of each, and differences that vary."
+            )
     if comparison.named:
         lines.append(", ".join(f"{name}: {text}" for name, text in comparison.named.items()) + ".")
     if comparison.repeated:

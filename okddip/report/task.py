@@ -45,7 +45,6 @@ def report(config: DictConfig, build: Callable[[DictConfig], "Parts"]) -> None:
     found = runs.find(client, uri, config.tracking.experiment, asked.sweep, asked.where)
     folder = Path(asked.out or Path(HydraConfig.get().runtime.output_dir) / "report")
     make(client, found, folder)
-    print(f"Tables and figures: {folder}")
 
 
 def make(
@@ -72,7 +71,10 @@ def make(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tables.write(comparisons, left_out, folder)
-        print((folder / "table.txt").read_text(encoding="utf-8"))  # whatever becomes of figures
+        # whatever becomes of figures, and in one piece for `okddip task=report | head`
+        print(
+            f"{(folder / 'table.txt').read_text(encoding='utf-8')}\nTables and figures: {folder}", flush=True
+        )
         figures.write(client, comparisons, folder)
     except OSError as error:
         raise ConfigError(
