@@ -19,7 +19,6 @@ from torch import Tensor
 from okddip import checkpoint, metrics, teacher
 from okddip.errors import ConfigError
 from okddip.methods.base import Method
-from okddip.sweep import finished_run
 from okddip.tasks import Parts, concluded
 from okddip.trained import chosen_keys, default_network, open_checkpoint
 from okddip.trainer import PRECISIONS
@@ -163,13 +162,13 @@ def find_teacher(settings: DictConfig) -> str:
     Raises:
         ConfigError: the store has no such run.
     """
-    run = finished_run(teacher.configuration(settings), everywhere=True)
-    if run is None:
+    place = teacher.finished(teacher.configuration(settings))
+    if place is None:
         raise ConfigError(
             "method.teacher=auto: the store that tracking names has no finished run of this checkpoint's"
             " teacher. Name its checkpoint: methods.teacher=PATH."
         )
-    return teacher.where(run)
+    return place
 
 
 def check_images(settings: DictConfig, state: dict[str, Any], parts: Parts) -> None:

@@ -331,7 +331,7 @@ def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[
         check(config)
         if config.task._target_ == TRAIN:
             with only_one(config):
-                run = None if config.trainer.rerun else finished_run(config)
+                run = None if config.trainer.rerun else next(finished_runs(config), None)
                 if run is not None:
                     outcome.kind, outcome.run_id = "finished before", run.info.run_id
                     value = run.data.metrics["final/top1"]
@@ -392,8 +392,8 @@ def only_one(config: DictConfig) -> Iterator[None]:
         lock.release()
 
 
-def finished_run(config: DictConfig, everywhere: bool = False) -> Run | None:
-    """The newest finished MLflow run with this configuration and these images, of tracking's experiment.
+def finished_runs(config: DictConfig, everywhere: bool = False) -> Iterator[Run]:
+    """Finished MLflow runs with this configuration and these images in tracking's experiment, newest first.
 
     Args:
         config: of the run.
@@ -410,9 +410,9 @@ def finished_run(config: DictConfig, everywhere: bool = False) -> Run | None:
     for run in tracker.find({"identity": identity(config)}, everywhere):
         if run.info.status == "FINISHED" and "final/top1" in run.data.metrics:
             if digests_of(run) == digests(config):
-                return run
-            log.info("MLflow run %s has these settings, and was trained on other images.", run.info.run_id)
-    return None
+                yield run
+            else:
+                log.info("MLflow run %s has these settings, and other images.", run.info.run_id)
 
 
 def end(error: BaseException | None = None) -> bool:

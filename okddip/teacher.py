@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from okddip import distributed, resume, sweep, tasks
+from okddip import checkpoint, distributed, resume, sweep, tasks
 from okddip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,11 +58,16 @@ def provide(config: DictConfig, build: Callable[[DictConfig], tasks.Parts]) -> s
 
 def finished(teacher: DictConfig) -> str | None:
     """Where the checkpoint of a teacher is that was trained before."""
-    run = sweep.finished_run(teacher, everywhere=True)
-    if run is None:
-        return None
-    log.info("teacher    %s, finished as MLflow run %s", teacher.name, run.info.run_id)
-    return where(run)
+    for run in sweep.finished_runs(teacher, everywhere=True):
+        place = where(run)
+        try:
+            checkpoint.find("method.teacher", place, teacher.tracking.uri)
+        except ConfigError as error:  # it kept none, or has lost it
+            log.info("teacher    MLflow run %s is passed over: %s", run.info.run_id, error)
+            continue
+        log.info("teacher    %s, finished as MLflow run %s", teacher.name, run.info.run_id)
+        return place
+    return None
 
 
 def configuration(config: DictConfig) -> DictConfig:

@@ -434,6 +434,14 @@ def test_a_teacher_is_found_in_whatever_experiment_it_was_trained(okddip: Okddip
     [student] = runs(tmp_path, "others")  # of this experiment
     assert student.data.tags["method"] == "kd"
 
+    # one that has no checkpoint any more is none
+    shutil.rmtree(tmp_path / "plain")
+    shutil.rmtree(tmp_path / "mlartifacts")
+    answer = okddip(*SMALL, "method=kd", "method.teacher=auto", "method.teacher_model=resnet8", "seed=0")
+    assert answer.code == 0, answer.err
+    assert "is passed over: " in answer.out
+    assert "teacher    baseline1-seed0-network-resnet8-digits, trained first" in answer.out
+
 
 def test_several_presets_at_once_are_refused(okddip: Okddip) -> None:
     answer = okddip("-m", *SMALL, "tracking=none", "multirun_presets=quickstart,temperature")
