@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,10 +13,15 @@ from typing import ClassVar
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
+# Seconds after a request to stop in which others are the same
+SAME_REQUEST = 2.0
+
+
 class Stop:
     """What became of a request to stop."""
 
     end: BaseException | None = None  # what the process ends with, once it was asked to
+    raised = 0.0  # when it was last told
     may_stop = True  # just now
     waiting: int | None = None  # a signal that came when it might not
     # handlers that were there before
@@ -55,13 +61,19 @@ def stop_on_signals() -> Iterator[None]:
 def stop(number: int, frame: FrameType | None) -> None:
     """Raise what the process ends with, now or as soon as it may stop.
 
-    Asked again it raises again: Python drops what is raised in a destructor, and the process would go on.
+    Asked again it raises again, since Python drops what is raised in a destructor, and the process would go
+    on; but not at once: a scheduler or an impatient hand would break off what ends in good order.
     """
     if not Stop.may_stop:
         Stop.waiting = number
         return
+    now = time.monotonic()
     if Stop.end is not None:
+        if now < Stop.raised + SAME_REQUEST:
+            return
+        Stop.raised = now
         raise Stop.end
+    Stop.raised = now
     try:
         if number not in Stop.launchers:
             raise SystemExit(128 + number)
@@ -84,6 +96,17 @@ def unstopped() -> Iterator[None]:
             raise Stop.end
         if waiting is not None:
             stop(waiting, None)
+
+
+def give_way() -> None:
+    """Within `unstopped`, end here if a signal has come: nothing is half done."""
+    waiting, Stop.waiting = Stop.waiting, None
+    if waiting is not None:
+        may_stop, Stop.may_stop = Stop.may_stop, True
+        try:
+            stop(waiting, None)
+        finally:
+            Stop.may_stop = may_stop
 
 
 def asked_to_stop() -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
@@ -38,6 +39,7 @@ from okddip.signals import unstopped
 
 if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
     from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
 
     from okddip.tracking import MLflow, NoTracking
 
@@ -53,7 +55,7 @@ TRAIN = "okddip.tasks.train"
 GOOD = {"finished", "finished before", "skipped"}  # outcomes
 FINISHED_BEFORE, IDS_IN_A_TAG = "finished_before", 200  # MLflow's tags hold 8,000 letters
 
-NO_END = "its process has not come to its end; "
+PATIENCE = 5.0  # seconds for a killed process to be gone
 
 LONGEST_VALUE = 24  # letters of a value in the name of a run
 
@@ -86,7 +88,7 @@ class Outcome:
 
     job: int
     overrides: list[str]
-    kind: str  # finished, finished before, skipped, failed, cut off, still running, not started
+    kind: str  # finished, finished before, skipped, failed, cut off, not started
     reason: str = ""
     run_id: str = ""  # of the MLflow run that finished before
     value: float | None = None  # what the job returned
@@ -321,7 +323,7 @@ def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[
         HydraConfig.get().job.num,
         list(HydraConfig.get().overrides.task),
         "cut off",
-        f"{NO_END}see {folder}",
+        f"its process has not come to its end; see {folder}",
         start=os.environ.get(START, ""),
     )
     write(outcome, folder)
@@ -425,39 +427,28 @@ def end(error: BaseException | None = None) -> bool:
         Whether nothing failed.
     """
     global _begun
-    sweep, _begun = _begun, None
-    os.environ.pop(NAME, None)
-    os.environ.pop(UNNAMED, None)
-    parent = os.environ.pop(PARENT_RUN, "")
-    start = os.environ.pop(START, "")
-    if sweep is None:
-        return True
-    outcomes = outcomes_in(sweep.folder, start) + sweep.left_out
-    begun = {outcome.job for outcome in outcomes}
-    outcomes += [
-        Outcome(number, job, "not started", "the sweep ended before its turn, or its process at once")
-        for number, job in enumerate(sweep.jobs)
-        if number not in begun
-    ]
-    if is_stop(error) and sweep.outlived:
-        outcomes = [
-            replace(outcome, kind="still running", reason=outcome.reason.removeprefix(NO_END))
-            if outcome.kind == "cut off"
-            else outcome
-            for outcome in outcomes
-        ]
-    finished_before = [outcome.run_id for outcome in outcomes if outcome.run_id]
-    if parent and outcomes and not is_stop(error):
-        try:
-            close_children(sweep, parent)
-            report(sweep, parent, finished_before)
-        except Exception:  # the jobs are done, and the last lines are still to be said
-            log.exception("The end of the sweep is not whole:")
-        except BaseException as stop:
-            error = stop
-    kinds = Counter(outcome.kind for outcome in outcomes)
-    good = error is None and kinds.keys() <= GOOD and kinds["skipped"] < len(outcomes)
     with unstopped():
+        sweep, _begun = _begun, None
+        for name in (NAME, UNNAMED):
+            os.environ.pop(name, None)
+        parent = os.environ.pop(PARENT_RUN, "")
+        start = os.environ.pop(START, "")
+        if sweep is None:
+            return True
+        outcomes = all_outcomes(sweep, start)
+        finished_before = [outcome.run_id for outcome in outcomes if outcome.run_id]
+        if parent and outcomes and not is_stop(error):
+            try:
+                close_children(sweep, parent)
+                report(sweep, parent, finished_before)
+            except Exception:  # the jobs are done, and the last lines are still to be said
+                log.exception("The end of the sweep is not whole:")
+            except BaseException as stop:
+                error = stop
+        kinds = Counter(outcome.kind for outcome in outcomes)
+        good = error is None and kinds.keys() <= GOOD and kinds["skipped"] < len(outcomes)
+        if is_stop(error):
+            end_processes()
         if sweep.tracker is not None:
             if is_stop(error):
                 sweep.tracker.finish("KILLED")  # first of all: there may be seconds left
@@ -470,6 +461,24 @@ def end(error: BaseException | None = None) -> bool:
     if is_stop(error):
         raise error
     return good
+
+
+def all_outcomes(sweep: Sweep, start: str) -> list[Outcome]:
+    """What became of the jobs of a sweep, those among them that did not begin or cannot be."""
+    outcomes = outcomes_in(sweep.folder, start) + sweep.left_out
+    begun = {outcome.job for outcome in outcomes}
+    return outcomes + [
+        Outcome(number, job, "not started", "the sweep ended before its turn, or its process at once")
+        for number, job in enumerate(sweep.jobs)
+        if number not in begun
+    ]
+
+
+def end_processes() -> None:
+    """Kill processes of this one that are left: a second signal may have kept joblib from it."""
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join(PATIENCE)
 
 
 def is_stop(error: BaseException | None) -> TypeGuard[BaseException]:
@@ -486,13 +495,13 @@ def conclude(sweep: Sweep, outcomes: Sequence[Outcome], good: bool, error: BaseE
     common = (
         set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if len(outcomes) > 1 else set()
     )
-    for kind in ("skipped", "not started", "still running", "cut off", "failed"):
+    for kind in ("skipped", "not started", "cut off", "failed"):
         for outcome in outcomes:
             if outcome.kind == kind:
                 own = " ".join(part for part in outcome.overrides if part not in common)
                 print(f"{kind} #{outcome.job} {own}: {outcome.reason}")
     if is_stop(error) and sweep.outlived:
-        print("Jobs that submitit was given go on, or begin, without this process.")
+        print("Jobs that submitit was given may go on, or begin, without this process.")
     if outcomes and isinstance(error, SystemExit) and isinstance(reason := error.__context__, HydraException):
         print(f"The sweep itself ended early: {str(reason).splitlines()[0]}")
     elif sweep.tracker is not None and outcomes and not good:
@@ -561,11 +570,11 @@ def report(sweep: Sweep, parent: str, finished_before: list[str]) -> None:
         finished_before: IDs of the runs that were not trained again; they may be of another sweep.
     """
     from okddip.report import make
-    from okddip.tracking import MLflow, open_store
+    from okddip.tracking import MLflow, Unbroken, open_store
 
     assert isinstance(sweep.tracker, MLflow)
     try:
-        client = open_store(sweep.tracker.uri)
+        client = cast("MlflowClient", Unbroken(open_store(sweep.tracker.uri)))
         runs = {run.info.run_id: run for run in sweep.tracker.find({"mlflow.parentRunId": parent})}
         runs |= {run_id: client.get_run(run_id) for run_id in finished_before if run_id not in runs}
         make(client, list(runs.values()), sweep.folder / "report", parent)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import okddip
 from okddip.errors import ConfigError, check_choice
+from okddip.signals import give_way
 
 if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
     import mlflow
@@ -578,6 +580,34 @@ def open_store(uri: str) -> "mlflow.MlflowClient":
     store = MLflow(uri, "Default")
     store.open()
     return store._client
+
+
+class Unbroken:
+    """A client of a store, within `unstopped`: a signal breaks off the wait for a call, and no transaction.
+
+    A transaction that is broken off keeps SQLite's lock, so that the run's end cannot be written down.
+    """
+
+    def __init__(self, client: "mlflow.MlflowClient") -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return partial(self._call, getattr(self._client, name))
+
+    def _call(self, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        answer: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(method(*given, **named))
+            except Exception as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        while not wait([answer], timeout=0.1).done:
+            give_way()
+        give_way()
+        return answer.result()
 
 
 def absolute(uri: str) -> str:

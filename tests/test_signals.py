@@ -75,7 +75,11 @@ def test_an_exception_after_a_signal_is_a_consequence_of_it() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_whose_exception_was_dropped_is_answered_when_it_comes_again() -> None:
+def test_a_signal_whose_exception_was_dropped_is_answered_when_it_comes_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("okddip.signals.SAME_REQUEST", 0.0)
+
     class Destructor:
         def __del__(self) -> None:
             send(signal.SIGTERM)
@@ -88,6 +92,24 @@ def test_a_signal_whose_exception_was_dropped_is_answered_when_it_comes_again() 
 
     with pytest.raises(SystemExit) as end:
         work()
+    assert end.value.code == 143
+
+
+def test_signals_in_quick_succession_are_one_request() -> None:
+    tidied = []
+
+    @stop_on_signals()
+    def work() -> None:
+        try:
+            send(signal.SIGTERM)
+        finally:
+            send(signal.SIGTERM)
+            send(signal.SIGINT)
+            tidied.append(True)
+
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert tidied
     assert end.value.code == 143
 
 

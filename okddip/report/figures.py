@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from okddip.report import runs
 from okddip.report.compare import Comparison, Group
+from okddip.signals import give_way
 from okddip.tracking import params_of
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def write(client: "MlflowClient", comparisons: Sequence[Comparison], folder: Pat
             for model in dict.fromkeys(group.settings["model"] for group in comparison.groups):
                 name = f"{comparison.dataset}-{model}"
                 for kind, figure in draw(comparison, model, of_run).items():
+                    give_way()
                     stem = file_name(f"{kind}-{name}", written)
                     for ending in ("png", "pdf"):
                         figure.savefig(folder / f"{stem}.{ending}", dpi=DPI)
