@@ -279,7 +279,7 @@ def build(config: DictConfig) -> Parts:
     if trainer.sync_batch_norm and distributed.ranks() > 1:
         group, method = map(torch.nn.SyncBatchNorm.convert_sync_batchnorm, (group, method))
     optimizer = make_optimizer([*group.parameters(), *method.parameters()])
-    known = "" if teacher is None else described(teacher)
+    known = {} if teacher is None else described(teacher)
     return Parts(trainer, tracker, dataset, group, method, optimizer, schedule, known)
 
 

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +39,7 @@ class Parts:
     method: Method
     optimizer: Optimizer
     schedule: Schedule
-    teacher: str = ""  # what it is, where there is one
+    teacher: Mapping[str, str] = field(default_factory=dict)  # tags that say what it is, if there is one
 
 
 def train(
@@ -82,7 +82,7 @@ def train(
                     "peers": str(parts.method.peers),
                     "structure": parts.method.structure,
                     "seed": str(config.seed),
-                    **({"teacher": parts.teacher} if parts.teacher else {}),
+                    **parts.teacher,
                     "device": str(parts.trainer.device),
                     "identity": resume.identity(config),
                     "folder": str(run.folder),

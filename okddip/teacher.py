@@ -96,12 +96,19 @@ def where(run: Run) -> str:
     return str(folder) if (folder / "last.pt").exists() else f"runs:/{run.info.run_id}"
 
 
-def described(state: dict[str, Any]) -> str:
-    """What a teacher is, the same for every seed: its model, and a word for its settings and images.
+def described(state: dict[str, Any]) -> dict[str, str]:
+    """Tags that say what a teacher is, wherever it lies.
+
+    `teacher` is the same for every seed: the model, and a word for its settings and images. Which of its kind
+    it is say `teacher.seed` and `teacher.epoch`.
 
     Args:
         state: its checkpoint.
     """
     config = state["config"]
     facts = {"identity": resume.identity({**config, "seed": None}), **state.get("digests", {})}
-    return f"{config['options']['model']}-{resume.fingerprint(facts)[:6]}"
+    return {
+        "teacher": f"{config['options']['model']}-{resume.fingerprint(facts)[:6]}",
+        "teacher.seed": str(config["seed"]),
+        "teacher.epoch": str(state["epoch"] + 1),
+    }

@@ -211,14 +211,16 @@ def varying(settings: pd.DataFrame) -> dict[str, str]:
         else:
             present = settings[settings[key] != ""]
             varies = bool((present.groupby(option)[key].nunique() > 1).any())
-        # an interpolated setting repeats the one that it refers to
-        if not varies:
+        # an interpolated setting repeats the one that it refers to; a teacher often follows from the others
+        if not varies or key == runs.TEACHER:
             others.append(key)
         elif not any(settings[key].equals(settings[known]) for known in keys):
             keys.append(key)
     for key in others:
         if (settings.groupby(keys)[key].nunique() > 1).any():
             keys.append(key)
+    if runs.TEACHER in keys:  # which names the model
+        keys = [key for key in keys if key != f"{runs.TEACHER}_model"]
     return short_names(keys)
 
 

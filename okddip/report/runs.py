@@ -132,10 +132,7 @@ def comparable(found: Sequence["Run"]) -> tuple[list["Run"], str]:
 
 
 def settings(run: "Run") -> dict[str, str]:
-    """What may tell one row of a table from another: no seed, no place, and what the teacher is, not where.
-
-    `teacher=auto` needs no word: what such a teacher is follows from the other settings.
-    """
+    """What may tell one row of a table from another: no seed, no place; and what a teacher is, not where."""
     known = {
         key: value
         for key, value in params_of(run).items()
@@ -143,26 +140,41 @@ def settings(run: "Run") -> dict[str, str]:
         and not (key.startswith("dataset.") and key.rpartition(".")[2] in resume.PLACES_OF_DATA)
         and key not in ("seed", TEACHER)
     }
-    teacher = tag(run, "teacher")
-    return known | ({TEACHER: teacher} if teacher and params_of(run).get(TEACHER) != "auto" else {})
+    if teacher := tag(run, "teacher"):
+        known |= {TEACHER: teacher, f"{TEACHER}_model": teacher.rpartition("-")[0]}
+    return known
 
 
 def settings_apart(chosen: Sequence["Run"]) -> list[dict[str, str]]:
-    """The settings of each run; where two runs would be one but for their teachers' places, with those.
+    """The settings of each run; where students of one seed have several teachers of a kind, with which it is.
 
-    Teachers of different seeds are one kind of teacher: each student has that of its own seed. Two of them
-    for one seed are compared.
+    Elsewhere they count as one: each student has the teacher of its own seed, say.
     """
     rows = [settings(run) for run in chosen]
-    places: dict[tuple[object, ...], set[str]] = {}
     keys = [tuple(sorted(row.items())) for row in rows]
+    teachers: dict[tuple[object, ...], set[tuple[str, str]]] = {}
+    epochs: dict[object, set[str]] = {}
     for key, run in zip(keys, chosen, strict=True):
-        places.setdefault((key, seed(run)), set()).add(params_of(run).get(TEACHER, ""))
-    several = {key for (key, _), those in places.items() if len(those) > 1}
-    return [
-        {**row, TEACHER: params_of(run).get(TEACHER, "")} if key in several else row
-        for row, key, run in zip(rows, keys, chosen, strict=True)
-    ]
+        its_seed, its_epoch = which_teacher(run)
+        teachers.setdefault((key, seed(run)), set()).add((its_seed, its_epoch))
+        epochs.setdefault(key, set()).add(its_epoch)
+    several = {key for (key, _), those in teachers.items() if len(those) > 1}
+    for row, key, run in zip(rows, keys, chosen, strict=True):
+        its_seed, its_epoch = which_teacher(run)
+        if key in several:
+            words = [row.get(TEACHER, "")]
+            words += [f"of seed {its_seed}"] if its_seed != seed(run) else []
+            words += [f"epoch {its_epoch}"] if len(epochs[key]) > 1 else []
+            row[TEACHER] = " ".join(words).strip()
+    return rows
+
+
+def which_teacher(run: "Run") -> tuple[str, str]:
+    """Seed and epoch of the teacher of a run; of an older one the place, which stands for both."""
+    return (
+        tag(run, "teacher.seed") or params_of(run).get(TEACHER, ""),
+        tag(run, "teacher.epoch") or "",
+    )
 
 
 def seed(run: "Run") -> str:

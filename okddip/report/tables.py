@@ -113,6 +113,8 @@ def notes(comparison: Comparison) -> list[str]:
             lines.append(
                 "Where there is no 95% interval, it would take two seeds of each, and differences that vary."
             )
+    if "teacher" in comparison.columns:
+        lines.append("teacher: its model, with a word for its settings and images (the runs' tag `teacher`).")
     if comparison.named:
         lines.append(", ".join(f"{name}: {text}" for name, text in comparison.named.items()) + ".")
     if comparison.repeated:

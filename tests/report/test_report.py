@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from report_store import EPOCHS, add_runs
 
 from okddip.report import figures, make, runs, tables
-from okddip.report.compare import Group, compare
+from okddip.report.compare import compare
 from okddip.tracking import MLflow, open_store
 
 Okddip = Callable[..., Answer]
@@ -154,25 +154,34 @@ def test_teachers_are_compared_by_what_they_are_and_not_by_where(tmp_path: Path)
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("teachers")
 
-    def add(place: str, teacher: str, seed: int, last: float) -> None:
-        tags = {"teacher": teacher} if teacher else {}
-        kd = ("method=kd", f"method.teacher={place}")
-        add_runs(client, experiment, *kd, last=[last], seeds=[seed], tags=tags)
+    def add(place: str, teacher: str, its_seed: int, seed: int, *more: str, epoch: int = 9) -> None:
+        tags = {"teacher": teacher, "teacher.seed": str(its_seed), "teacher.epoch": str(epoch)}
+        add_runs(
+            *(client, experiment, "method=kd", f"method.teacher={place}", *more),
+            last=[90],
+            seeds=[seed],
+            tags=tags if teacher else {},
+        )
 
-    def table() -> dict[str, str]:
+    def rows(column: str) -> dict[str, str]:
         [comparison] = compare(runs.comparable(runs.find(client, uri, "teachers"))[0])
-        return {group.values.get("teacher", ""): seeds(group) for group in comparison.groups}
+        return {
+            group.values.get(column, ""): " ".join(map(str, group.scores.index))
+            for group in comparison.groups
+        }
 
-    def seeds(group: Group) -> str:
-        return " ".join(map(str, group.scores.index))
-
-    add("a0", "resnet8-111111", 0, 90)
-    add("a1", "resnet8-111111", 1, 91)  # the same kind, in another place
-    assert table() == {"": "0 1"}
-    add("b0", "resnet20-222222", 0, 95)
-    assert table() == {"resnet8-111111": "0 1", "resnet20-222222": "0"}
-    add("b1", "resnet20-222222", 0, 96)  # a second of its kind for one student
-    assert table() == {"resnet8-111111": "0 1", "b0": "0", "b1": "0"}
+    add("a0", "resnet8-111111", 0, 0)
+    add("a1/last.pt", "resnet8-111111", 1, 1)
+    add("moved/a0", "resnet8-111111", 0, 0)  # the same in another place
+    add("auto", "resnet8-111111", 2, 2, "method.teacher_model=resnet8")
+    assert rows("teacher") == {"": "0 1 2"}
+    add("b", "resnet20-222222", 0, 0)
+    assert rows("teacher_model") == {"resnet8": "0 1 2", "resnet20": "0"}
+    add("c", "resnet8-333333", 0, 0)  # of other settings
+    assert rows("teacher") == {"resnet8-111111": "0 1 2", "resnet20-222222": "0", "resnet8-333333": "0"}
+    add("a1", "resnet8-111111", 1, 0)  # a second of its kind for one student
+    kinds = rows("teacher")
+    assert (kinds["resnet8-111111"], kinds["resnet8-111111 of seed 1"]) == ("0 1 2", "0")
 
 
 def test_published_figures_are_marked_where_they_differ_and_have_their_source(folder: Path) -> None:
