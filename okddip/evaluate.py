@@ -222,9 +222,9 @@ def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Tensor]:
 
     trainer.set_backend_flags()
     loader = parts.dataset.eval_loader("test", trainer.eval_batch_size, trainer.device, trainer.channels_last)
-    batches = trainer.progress(iter(loader.batches()), len(loader), "test")
     ramp = torch.tensor(method.ramp(epoch), device=trainer.device)
-    sums = trainer.evaluate(group, method, step, batches, ramp)
+    with trainer.progress(loader.batches(), len(loader), "test") as batches:
+        sums = trainer.evaluate(group, method, step, batches, ramp)
     entropies = sums.pop("cross_entropy") / sums["images"]  # [Q]
     errors = 100 * sums.pop("gaps").abs().sum(1) / sums["images"]  # [Q]
     confusion = sums.pop("confusion").cpu()

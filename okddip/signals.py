@@ -109,6 +109,12 @@ def give_way() -> None:
             Stop.may_stop = may_stop
 
 
+def heed() -> None:
+    """End here if a signal has come and what it raised was dropped: Python does so in destructors."""
+    if Stop.end is not None:
+        raise Stop.end
+
+
 def asked_to_stop() -> bool:
     """Whether the process is on its way out."""
     return Stop.end is not None

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from okddip import checkpoint, distributed, metrics, sweep
 from okddip.data.dataset import Dataset
-from okddip.data.loader import Share, seed_of
+from okddip.data.loader import Batches, Share, seed_of
 from okddip.errors import ConfigError, check_choice, check_number
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.schedules import Schedule
-from okddip.signals import unstopped
+from okddip.signals import heed, unstopped
 from okddip.tracking import MLflow, NoTracking
 
 log = logging.getLogger(__name__)
@@ -214,8 +214,8 @@ class Trainer:
                 "train/ramp": method.ramp(epoch),
             }
             start = time.perf_counter()
-            batches = self.progress(loader.batches(epoch), len(loader), f"epoch {epoch + 1}/{self.epochs}")
-            with self.within_memory():
+            title = f"epoch {epoch + 1}/{self.epochs}"
+            with self.within_memory(), self.progress(loader.batches(epoch), len(loader), title) as batches:
                 sums = self.train_epoch(group, method, train_step, optimizer, scaler, batches, ramp, epoch)
             distributed.average_buffers(group, method)
             read = metrics.read(sums, method)  # waits for the device
@@ -226,15 +226,15 @@ class Trainer:
             is_best = False
             is_evaluated = is_last or (epoch + 1) % self.eval_every == 0
             for split, eval_loader in eval_loaders.items() if is_evaluated else ():
-                batches = self.progress(eval_loader.batches(epoch), len(eval_loader), split)
-                with self.within_memory():
+                every = eval_loader.batches(epoch)
+                with self.within_memory(), self.progress(every, len(eval_loader), split) as batches:
                     sums = self.evaluate(group, method, eval_step, batches, ramp)
                 refuse_broken_losses(sums, epoch)
                 read = metrics.read(sums, method)
                 results |= {f"{split}/{name}": value for name, value in read.items()}
             if not is_evaluated:  # its last step may have ruined the weights, and no loss has told of it
-                batches = islice(eval_loaders[judge].batches(epoch), 1)
-                with self.within_memory():
+                every = eval_loaders[judge].batches(epoch)
+                with self.within_memory(), self.progress(every, 1, judge) as batches:
                     sums = self.evaluate(group, method, eval_step, batches, ramp)
                 refuse_broken_losses(sums, epoch)
             distributed.pass_on_warnings()
@@ -307,6 +307,7 @@ class Trainer:
         method.train()
         sums = broken = None
         for number, (images, labels) in enumerate(batches, 1):
+            heed()
             batch_sums = self.train_step(step, optimizer, scaler, images, labels, ramp)
             sums = metrics.accumulate(sums, batch_sums)
             if number % STEPS_BETWEEN_CHECKS == 0:
@@ -434,13 +435,13 @@ class Trainer:
         torch.backends.cuda.matmul.fp32_precision = fp32
         torch.backends.cudnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
 
-    def progress(
-        self, batches: Iterator[tuple[Tensor, Tensor]], length: int, name: str
-    ) -> Iterable[tuple[Tensor, Tensor]]:
+    @contextmanager
+    def progress(self, batches: Batches, length: int, name: str) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
         """Batches up to the limit; with a progress bar in a terminal."""
         length = min(length, self.limit_batches or length)
         hidden = distributed.no_bar()
-        return tqdm(islice(batches, length), desc=name, total=length, leave=False, disable=hidden)
+        with closing(batches):  # whatever a traceback holds: workers that decode would outlive it
+            yield tqdm(islice(batches, length), desc=name, total=length, leave=False, disable=hidden)
 
     def log_epoch(
         self, epoch: int, results: dict[str, float], history: dict[str, dict[str, float]], judge: str

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from okddip.signals import asked_to_stop, stop_on_signals, unstopped
+from okddip.signals import asked_to_stop, heed, stop_on_signals, unstopped
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +89,24 @@ def test_a_signal_whose_exception_was_dropped_is_answered_when_it_comes_again(
         Destructor()
         assert asked_to_stop()
         send(signal.SIGINT)
+
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert end.value.code == 143
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_whose_exception_was_dropped_ends_the_run_at_its_next_batch() -> None:
+    class Destructor:
+        def __del__(self) -> None:
+            send(signal.SIGTERM)
+
+    @stop_on_signals()
+    def work() -> None:
+        heed()
+        Destructor()
+        heed()
+        pytest.fail("the run went on")
 
     with pytest.raises(SystemExit) as end:
         work()

@@ -1,6 +1,6 @@
 """Batches of a data set that is held in memory as uint8 images, if possible in the device's own."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from okddip.data.augment import Draws, Normalization, augment, draw, normalize
 from okddip.data.sources import Split
+
+Batches = Generator[tuple[Tensor, Tensor], None, None]  # images and labels; closed by who takes them
 
 
 def seed_of(*words: int) -> int:
@@ -124,7 +126,7 @@ class TrainLoader(_Loader):
     def __len__(self) -> int:
         return self.size // self.batch_size + (self.size % self.batch_size > 1)
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int) -> Batches:
         """Images [B, C, H, W] float32 and labels [B] of one epoch (counted from 0), on the device."""
         # on the CPU, wherever the images are: ranks of which one keeps them on its device agree on the order
         shuffler = torch.Generator().manual_seed(seed_of(self.seed, epoch))
@@ -154,7 +156,7 @@ class EvalLoader(_Loader):
     ) -> None:
         super().__init__(split, batch_size, device, constants, on_device, channels_last, share)
 
-    def batches(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int = 0) -> Batches:
         """Images [B, C, H, W] float32 and labels [B] on the device; the same in every epoch."""
         for indices in torch.arange(self.size, device=self.images.device).split(self.batch_size):
             images, labels = self._take(indices[self.share.of(len(indices))])

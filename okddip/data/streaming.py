@@ -2,10 +2,12 @@
 
 import hashlib
 import logging
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,7 @@ from torchvision.transforms import v2
 from okddip import distributed
 from okddip.data.augment import Normalization, normalization, normalize
 from okddip.data.folder import printable, read_image, scale_and_crop, scan
-from okddip.data.loader import ALL, Share, batch_seed, seed_of
+from okddip.data.loader import ALL, Batches, Share, batch_seed, seed_of
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
 from okddip.errors import ConfigError, check_choice
@@ -227,13 +229,14 @@ class StreamingLoader:
         alone = self.seed is not None and self.size % self.batch_size == 1
         return -(-self.size // self.batch_size) - alone
 
-    def batches(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int = 0) -> Batches:
         """Images [B, 3, H, W] float32 and labels [B] of one epoch (counted from 0), on the device.
+
+        Workers decode as long as it is not closed.
 
         Raises:
             ConfigError: an image cannot be read and `bad_images` is "refuse".
         """
-        # workers live as long as this iterator: leaving it early ends them
         loader = DataLoader(
             self.samples,
             batch_sampler=self._draws(epoch),
@@ -243,21 +246,26 @@ class StreamingLoader:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the default one, which dropout uses
         )
-        for images, labels, errors in self._decoded(loader):
-            if errors and self.bad_images == "refuse":
-                raise ConfigError(f"{errors[0]} Or leave out what cannot be read: dataset.bad_images=skip.")
-            for error in errors:
-                self.skipped += 1
-                log.warning("Skipped (%d so far): %s", self.skipped, error)
-            alone = 1 if self.seed is not None else 0  # batch norm cannot normalise a single value
-            if len(labels) <= alone:
-                images, labels = torch.empty(0, *self.image_size, 3, dtype=torch.uint8), labels[:0]
-            if len(labels) or self.share.ranks > 1:  # other ranks may have images of this batch
-                images = images.to(self.device, non_blocking=True)  # [B, H, W, 3] uint8
-                labels = labels.to(self.device, non_blocking=True)
-                yield normalize(images, self.constants, self.memory_format), labels
+        with closing(self._decoded(loader)) as decoded:
+            for images, labels, errors in decoded:
+                if errors and self.bad_images == "refuse":
+                    raise ConfigError(
+                        f"{errors[0]} Or leave out what cannot be read: dataset.bad_images=skip."
+                    )
+                for error in errors:
+                    self.skipped += 1
+                    log.warning("Skipped (%d so far): %s", self.skipped, error)
+                alone = 1 if self.seed is not None else 0  # batch norm cannot normalise a single value
+                if len(labels) <= alone:
+                    images, labels = torch.empty(0, *self.image_size, 3, dtype=torch.uint8), labels[:0]
+                if len(labels) or self.share.ranks > 1:  # other ranks may have images of this batch
+                    images = images.to(self.device, non_blocking=True)  # [B, H, W, 3] uint8
+                    labels = labels.to(self.device, non_blocking=True)
+                    yield normalize(images, self.constants, self.memory_format), labels
 
-    def _decoded(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    def _decoded(self, loader: DataLoader) -> Generator[tuple[Tensor, Tensor, list[str]], None, None]:
+        others = set(multiprocessing.active_children())
+        batches = None
         try:
             with unstopped():  # Python drops what is raised while a process forks
                 batches = iter(loader)
@@ -275,6 +283,12 @@ class StreamingLoader:
                 " /dev/shm full? Fewer workers need less. The last checkpoint is whole; go on with"
                 " trainer.resume=auto."
             ) from error
+        finally:
+            # ends the workers, unless a traceback holds it; they would then outlive the end of this process,
+            # which waits for them, as they answer no signal
+            del batches
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
 
     def _draws(self, epoch: int) -> Iterator[list["Draw"]]:
         """What each batch consists of. An image's draws hang on its place in the epoch, neither on the worker
