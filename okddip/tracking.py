@@ -35,7 +35,8 @@ if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --he
 
 logger = logging.getLogger(__name__)
 
-OPEN_SECONDS = 6.0  # until a store that does not answer is given up
+OPEN_SECONDS = 4.0  # until a store that does not answer is given up; the program's start takes about as long
+ANSWER_SECONDS = 6.0  # the same of one that has answered before
 LOCK_SECONDS = 120.0  # for other processes that open the same new store; seconds each
 SEND_SECONDS = 0.8  # what an epoch waits for one answer; at most two are waited for
 RETRY_SECONDS = 10.0  # how long a store that does not answer is left alone
@@ -152,7 +153,7 @@ class MLflow:
         uri = absolute(self.uri)
         file = Path(str(make_url(uri).database))
         # MLflow creates a missing folder, and tries for minutes to open a file that cannot be opened.
-        with closing(sqlite3.connect(file, timeout=OPEN_SECONDS)) as connection:
+        with closing(sqlite3.connect(file, timeout=ANSWER_SECONDS)) as connection:
             connection.execute("PRAGMA schema_version")
         for place in (file, file.parent):  # SQLite's journal stands beside the file
             if not os.access(place, os.W_OK):
@@ -242,7 +243,7 @@ class MLflow:
         name = name[:MAX_KEY_LENGTH]  # what databases other than SQLite take
         create = partial(self._client.create_run, self._experiment_id, run_name=name, tags=tags)
         try:
-            return self._call(OPEN_SECONDS, create).info.run_id
+            return self._call(ANSWER_SECONDS, create).info.run_id
         except Exception as error:
             raise self._cannot_open(error) from error
 
@@ -256,13 +257,13 @@ class MLflow:
 
         here = public(self.uri)
         try:
-            run = self._call(OPEN_SECONDS, partial(self._client.get_run, run_id))
+            run = self._call(ANSWER_SECONDS, partial(self._client.get_run, run_id))
             if run.info.lifecycle_stage == "deleted":
                 reason = f"was deleted in {here}"
             elif run.info.experiment_id != self._experiment_id:
                 reason = f"is not in tracking.experiment={self.experiment}"
             else:
-                self._call(OPEN_SECONDS, partial(self._client.update_run, run_id, status="RUNNING"))
+                self._call(ANSWER_SECONDS, partial(self._client.update_run, run_id, status="RUNNING"))
                 return run
         except Exception as error:
             absent = isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST"
@@ -314,7 +315,7 @@ class MLflow:
         token: str | None = None
         while True:
             try:
-                page = self._call(OPEN_SECONDS, partial(search, page_token=token))
+                page = self._call(ANSWER_SECONDS, partial(search, page_token=token))
             except Exception as error:
                 raise self._cannot_open(error) from error
             found += page
@@ -382,7 +383,7 @@ class MLflow:
             return monitor
 
         try:
-            self._monitor = _within(OPEN_SECONDS, begin)
+            self._monitor = _within(ANSWER_SECONDS, begin)
         except Exception as error:
             logger.warning("There are no system metrics of this run: %s", _first_line(error))
 
@@ -413,13 +414,13 @@ class MLflow:
             self._killed = True
             self._uploads.clear()
         else:
-            self._flush(FINISH_SECONDS, OPEN_SECONDS)
+            self._flush(FINISH_SECONDS, ANSWER_SECONDS)
             if not self._away:
                 self._flush_uploads(UPLOAD_SECONDS)
         away = self._away and not self._killed  # it was waited for just now
         self._unsent.append(end)
         if not away:  # whatever has become of the files
-            self._flush(*((KILL_SECONDS,) * 2 if self._killed else (FINISH_SECONDS, OPEN_SECONDS)))
+            self._flush(*((KILL_SECONDS,) * 2 if self._killed else (FINISH_SECONDS, ANSWER_SECONDS)))
         if lacking := [*self._unsent, *self._uploads]:
             missing = ", ".join(dict.fromkeys(request.what for request in lacking))
             logger.warning(
@@ -447,7 +448,7 @@ class MLflow:
             request = self._uploads[0]
             try:
                 # a store that does not answer gets no time for an upload
-                self._call(min(seconds, OPEN_SECONDS), partial(self._client.get_run, self.run_id))
+                self._call(min(seconds, ANSWER_SECONDS), partial(self._client.get_run, self.run_id))
                 self._call(seconds, request.send)
             except Exception as error:
                 if _may_pass(error):
