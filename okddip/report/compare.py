@@ -66,7 +66,7 @@ class Comparison:
     groups: list[Group]
     reference: str  # what differences are to: "baseline", "default" or, where there are none, ""
     named: dict[str, str]  # what the names in the column `SEVERAL` stand for
-    held_out: bool  # the best epoch was chosen by images held out of the training set
+    held_out: str  # of which runs the best epoch was chosen by images held out of training: all, some, none
     repeated: int  # runs left out, as a newer one has the same settings and seed
 
     def shown(self, column: str) -> dict[str, str]:
@@ -150,11 +150,18 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
         for key, name in COMMON.items()
         if key in settings and settings[key].nunique() == 1
     }
-    held_out = (pd.to_numeric(settings.get("dataset.validation", pd.Series("0")), "coerce") > 0).all()
+    held_out = pd.to_numeric(settings.get("dataset.validation", pd.Series("0")), "coerce") > 0
     if not any(group.differences for group in groups):
         reference = ""
     return Comparison(
-        dataset, list(shown.columns), common, groups, reference, named, bool(held_out), repeated
+        dataset,
+        list(shown.columns),
+        common,
+        groups,
+        reference,
+        named,
+        "all" if held_out.all() else "some" if held_out.any() else "none",
+        repeated,
     )
 
 
@@ -186,9 +193,13 @@ def in_words(changes: Mapping[str, str], keys: Sequence[str]) -> str:
 
 
 def ablation(method: str, changes: Mapping[str, str]) -> str:
-    """The name of the option of the group `ablation` that makes these changes; empty if there is none."""
+    """The name of the option of the group `ablation` that makes these changes; empty if there is none.
+
+    Peers have a column of their own.
+    """
     if method != "okddip":
         return ""
+    changes = {key: value for key, value in changes.items() if key != "method.peers"}
     return next((name for name, its in ablations().items() if its == changes), "")
 
 

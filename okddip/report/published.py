@@ -25,11 +25,16 @@ class Published(NamedTuple):
     source: str
     marks: tuple[str, ...]  # what is otherwise there than in the runs beside it
 
+    @property
+    def value(self) -> str:
+        return self.top1 + (f" ± {self.std}" if self.std else "") + ("*" if self.marks else "")
+
+    @property
+    def provenance(self) -> str:
+        return "; ".join((self.source + (f", n = {self.runs}" if self.runs else ""), *self.marks))
+
     def __str__(self) -> str:
-        spread = f" ± {self.std}" if self.std else ""
-        runs = f", n = {self.runs}" if self.runs else ""
-        star = "*" if self.marks else ""
-        return f"{self.top1}{spread}{star} [{'; '.join((self.source + runs, *self.marks))}]"
+        return f"{self.value} [{self.provenance}]"
 
 
 def published_for(settings: Mapping[str, str]) -> list[Published]:

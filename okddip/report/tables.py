@@ -37,10 +37,13 @@ def write(comparisons: Sequence[Comparison], left_out: str, folder: Path) -> Non
     (folder / "table.md").write_text(
         "\n\n".join([*paragraphs, *map(markdown_safe, remarks)]) + "\n", encoding="utf-8"
     )
-    blocks = [latex(table, title(c), below) for c, table, below in tables]
-    comments = ["\\usepackage{booktabs} in the preamble", *remarks]
+    blocks = []
+    for number, (c, table, below) in enumerate(tables, 1):
+        narrower, footnotes = with_footnotes(c, table)
+        below = [*below, *footnotes, *(remarks if number == len(tables) else [])]
+        blocks.append(latex(narrower, title(c), below))
     (folder / "table.tex").write_text(
-        "\n".join([*(f"% {line}" for line in comments), *blocks]), encoding="utf-8"
+        "\n".join(["% \\usepackage{booktabs,graphicx} in the preamble", *blocks]), encoding="utf-8"
     )
     numbers = [{"dataset": c.dataset, **full_precision(group)} for c in comparisons for group in c.groups]
     pd.DataFrame(numbers).to_csv(folder / "table.csv", index=False)
@@ -95,10 +98,14 @@ def interval(difference: Difference | None) -> str:
 def notes(comparison: Comparison) -> list[str]:
     """What a reader must know about the columns, and the sources of published figures."""
     lines = []
-    if comparison.held_out:
-        lines.append("best epoch: chosen by images held out of the training set.")
-    else:
-        lines.append("best epoch: chosen on the test set itself, so an optimistic figure.")
+    on_test = "chosen on the test set itself, so an optimistic figure"
+    held_out = "chosen by images held out of the training set"
+    judged = {
+        "none": on_test,
+        "all": held_out,
+        "some": f"where validation is 0, {on_test}; elsewhere {held_out}",
+    }
+    lines.append(f"best epoch: {judged[comparison.held_out]}.")
     differences = [group.differences["last"] for group in comparison.groups if group.differences]
     if differences:
         lines.append(f"last - {comparison.reference}: difference to {REFERENCES[comparison.reference]}")
@@ -115,6 +122,11 @@ def notes(comparison: Comparison) -> list[str]:
             )
     if "teacher" in comparison.columns:
         lines.append("teacher: its model, with a word for its settings and images (the runs' tag `teacher`).")
+    if "lengthened_from" in comparison.columns:
+        lines.append(
+            "lengthened_from: epochs that runs were to have before they were made longer; learning rate or"
+            " ramp went by them."
+        )
     if comparison.named:
         lines.append(", ".join(f"{name}: {text}" for name, text in comparison.named.items()) + ".")
     if comparison.repeated:
@@ -178,8 +190,24 @@ def markdown_safe(cell: str) -> str:
     return re.sub(r"([*_|\\])", r"\\\1", cell)
 
 
+def with_footnotes(comparison: Comparison, table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """A table whose published figures have their sources and marks in footnotes, for narrow pages."""
+    footnotes: dict[str, int] = {}
+    entries = []
+    for group in comparison.groups:
+        figures = []
+        for figure in group.published:
+            number = footnotes.setdefault(figure.provenance, len(footnotes) + 1)
+            figures.append(f"{figure.value} ({number})")
+        entries.append(", ".join(figures))
+    if not footnotes:
+        return table, []
+    lines = [f"({number}) [{provenance}]." for provenance, number in footnotes.items()]
+    return table.assign(published=entries), lines
+
+
 def latex(table: pd.DataFrame, caption: str, below: Sequence[str]) -> str:
-    """A floating table with the rules of booktabs."""
+    """A floating table with the rules of booktabs, made smaller where it is wider than the page."""
     escaped = table.map(latex_safe).rename(columns=latex_safe)
     alignment = "".join("r" if name in NUMERIC else "l" for name in table)
     rows = [list(escaped.columns), *escaped.values.tolist()]
@@ -189,9 +217,10 @@ def latex(table: pd.DataFrame, caption: str, below: Sequence[str]) -> str:
             "\\begin{table}",
             "\\centering",
             f"\\caption{{{latex_safe(caption)}}}",
+            "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
             f"\\begin{{tabular}}{{{alignment}}}",
             *("\\toprule", head, "\\midrule", *body, "\\bottomrule"),
-            "\\end{tabular}",
+            "\\end{tabular}}",
             *("", "\\smallskip", "\\begin{minipage}{\\linewidth}\\footnotesize"),
             "\n\n".join(map(latex_safe, below)),
             "\\end{minipage}",

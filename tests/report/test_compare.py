@@ -141,6 +141,9 @@ def test_ablations_share_a_column_that_says_what_is_not_the_option_files() -> No
     assert ablation("okddip", {"method.attention": "false"}) == "no_attention"
     assert ablation("okddip", {"method.attention": "false", "method.leader": "false"}) == ""
     assert ablation("okddip", {}) == "full"
+    # peers stand in a column of their own: else a count would leave the line of its ablation in the figure
+    assert ablation("okddip", {"method.peers": "3"}) == "full"
+    assert ablation("okddip", {"method.peers": "3", "method.structure": "network"}) == "networks"
     assert ablation("one", {}) == ""
     theirs = pd.Series({"method": "mine", "method.leader": "", "method.weight": "0.5"})
     assert changed(theirs, {}, ["method.leader", "method.weight"]) == {"method.weight": "0.5"}

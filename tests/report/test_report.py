@@ -1,9 +1,11 @@
 """The task over a real store: tables, figures and what is refused."""
 
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from shutil import which
 
 import matplotlib
 import mlflow
@@ -119,6 +121,14 @@ def test_ablations_are_named_and_compared_with_the_whole_method(tmp_path: Path, 
     assert "last - default: difference to the same method with the settings of its option file" in text
     assert "no_attention: attention=false" in text
 
+    add_runs(client, experiment, *okddip, "method.peers=3", last=[93, 93], **two)
+    add_runs(client, experiment, *okddip, "dataset.validation=0.1", last=[92, 92], **two)
+    [comparison] = compare(runs.comparable(runs.find(client, uri, "ablations"))[0])
+    drawn = figures.draw(comparison, "resnet32", lambda run, metric: pd.Series([1.0, 1.0], [1, 2]))
+    [line, *_] = drawn["peers"].axes[0].lines
+    assert list(line.get_xdata()) == [3, 4]
+    assert "where validation is 0, chosen on the test set itself" in tables.notes(comparison)[0]
+
 
 def test_image_folders_are_told_apart_by_their_images_and_not_by_their_place(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -206,12 +216,32 @@ def test_markdown_latex_and_csv_hold_the_same_table(folder: Path) -> None:
     latex = (folder / "table.tex").read_text()
     assert r"okddip & 4 & branch & 3 & 94.33 $\pm$ 1.04 & 94.83 $\pm$ 1.04 & $+$1.33 [$+$0.62" in latex
     assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == 2
+    assert (
+        r"94.17 $\pm$ 0.15* (" in latex
+    )  # the source of a published figure is a footnote where there is no room
+    assert "[pcl; 3 peers]" in latex
+    assert latex.index("Unfinished runs, left out: 2") > latex.index(r"\begin{tabular}")  # and not a comment
     table = pd.read_csv(folder / "table.csv").set_index(["dataset", "method", "peers"])
     assert table.loc[("cifar10", "okddip", 4), "last_mean"] == pytest.approx((93.5 + 94 + 95.5) / 3)
     assert table.loc[("cifar10", "okddip", 4), "last_difference_low"] == pytest.approx(0.6162, abs=1e-4)
     assert table.loc[("cifar10", "okddip", 4), "best_difference_pairs"] == 3
     assert table.loc[("cifar10", "okddip", 4), "seeds"] == "0 1 2"
     assert table.loc[("digits", "baseline", 1), "n"] == 1
+
+
+@pytest.mark.skipif(which("pdflatex") is None, reason="no pdflatex here")
+def test_a_latex_table_with_published_figures_fits_the_page(folder: Path, tmp_path: Path) -> None:
+    document = [r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}"]
+    document += [(folder / "table.tex").read_text(), r"\end{document}"]
+    (tmp_path / "table.tex").write_text("\n".join(document))
+    said = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stdout
+    assert "Overfull" not in said.stdout
 
 
 def test_figures_are_written_as_png_and_pdf(folder: Path) -> None:
