@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # What may differ between two runs that are the same run: where things are and how they are logged; and what
 # several methods share, which counts where a method takes it.
-PLACES = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.", "methods.")
+PLACES = ("name", "tracking.", "trainer.device", "trainer.resume", "trainer.rerun", "task.", "methods.")
 PLACES_OF_DATA = ("root", "cache_dir")
 FOLDERS = ("image_folder", "imagenet")  # data sets that are whatever lies in their place
 
@@ -68,9 +68,42 @@ def settings(config: DictConfig | dict[str, Any]) -> dict[str, str]:
     }
 
 
-def identity(config: DictConfig | dict[str, Any]) -> str:
-    """A short hash of `settings`: runs that are the same have the same."""
-    return hashlib.sha256(json.dumps(settings(config), sort_keys=True).encode()).hexdigest()[:16]
+def identity(config: DictConfig | dict[str, Any], lengths: Sequence[int] = ()) -> str:
+    """A short hash of `settings`: runs that are the same have the same.
+
+    Args:
+        config: of the run.
+        lengths: that it had before, see `lengths_before`.
+    """
+    known: dict[str, Any] = settings(config)
+    if lengths:
+        known["lengths"] = list(lengths)
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def lengths_before(
+    run: Run, epochs: int, rate: float, schedule: Callable[[int], float], ramp: Callable[[int], float]
+) -> list[int]:
+    """The lengths in epochs that a run was to have before it was made longer, if that makes it another.
+
+    It does where learning rate or ramp follow from the length, as fractions of the run do and a cosine: then
+    the finished epochs are not those of a run that was begun so long. Elsewhere they are.
+
+    Args:
+        run: that begins or goes on.
+        epochs: its length now.
+        rate: learning rate that `schedule` multiplies.
+        schedule, ramp: of a run of that length, by epoch.
+    """
+    if run.state is None:
+        return []
+    before = list(run.state.get("lengths", []))
+    length = run.state["config"]["trainer"]["epochs"]
+    if length != epochs:
+        for epoch, _, results in finished_epochs(run.folder / "metrics.jsonl"):
+            if (results.get("train/lr"), results.get("train/ramp")) != (rate * schedule(epoch), ramp(epoch)):
+                return [*before, int(length)]
+    return before
 
 
 def digests(config: DictConfig) -> dict[str, str]:
@@ -251,7 +284,8 @@ def adopt(config: DictConfig, folder: Path, path: Path, tracking_id: str | None)
 
 def sign(run: Run, config: DictConfig) -> None:
     """Write down what a run is, and which jobs began it or went on with it."""
-    note(run, identity=identity(config), job=" ".join(sorted(jobs())))
+    lengths = run.state.get("lengths", []) if run.state else []
+    note(run, identity=identity(config, lengths), job=" ".join(sorted(jobs())))
 
 
 def note(run: Run, **facts: str) -> None:
@@ -336,7 +370,8 @@ def identity_of(folder: Path) -> str | None:
     if known := noted(folder).get("identity"):
         return known
     try:
-        return identity(checkpoint.load(folder / "last.pt")["config"])
+        state = checkpoint.load(folder / "last.pt")
+        return identity(state["config"], state.get("lengths", []))
     except ConfigError:
         return None
 

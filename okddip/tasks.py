@@ -68,14 +68,17 @@ def train(
         digests = {split: parts.dataset.digest(split) for split in parts.dataset.sizes}
         distributed.agree({f"the digest of its {split} images": word for split, word in digests.items()})
         resume.refuse_other_data(run, parts.dataset, digests)
+        rate = parts.optimizer.param_groups[0]["lr"]
+        lengths = resume.lengths_before(run, config.trainer.epochs, rate, parts.schedule, parts.method.ramp)
+        identity = resume.identity(config, lengths)
         if distributed.rank() == 0:
-            resume.note(run, data=resume.fingerprint(digests))
+            resume.note(run, data=resume.fingerprint(digests), identity=identity)
         settings = cast(dict[str, Any], OmegaConf.to_container(config))
         describe(config, parts, run)
         with concluded(parts.tracker):
             resume.find_tracked(run, parts.tracker, config.trainer.resume)
             tracking_id = parts.tracker.start(
-                name=config.name if teacher_folder else sweep.name_of_run(config),
+                name=f"teacher {config.name}" if teacher_folder else sweep.name_of_run(config),
                 params=params_of(config),
                 tags={
                     **{name: str(option) for name, option in config.options.items()},
@@ -84,7 +87,8 @@ def train(
                     "seed": str(config.seed),
                     **parts.teacher,
                     "device": str(parts.trainer.device),
-                    "identity": resume.identity(config),
+                    "identity": identity,
+                    **({"lengths": " ".join(map(str, lengths))} if lengths else {}),
                     "folder": str(run.folder),
                     **({} if run.tracking_id else description(config, parts)),  # which people may edit
                     **(sweep.tags_of_teacher() if teacher_folder else sweep.tags()),
@@ -115,6 +119,7 @@ def train(
                 description={
                     "version": okddip.__version__,
                     "config": settings,
+                    "lengths": lengths,
                     "classes": list(parts.dataset.classes),
                     "channels": parts.dataset.channels,
                     "image_size": list(parts.dataset.image_size),

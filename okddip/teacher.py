@@ -106,7 +106,8 @@ def described(state: dict[str, Any]) -> dict[str, str]:
         state: its checkpoint.
     """
     config = state["config"]
-    facts = {"identity": resume.identity({**config, "seed": None}), **state.get("digests", {})}
+    identity = resume.identity({**config, "seed": None}, state.get("lengths", []))
+    facts = {"identity": identity, **state.get("digests", {})}
     return {
         "teacher": f"{config['options']['model']}-{resume.fingerprint(facts)[:6]}",
         "teacher.seed": str(config["seed"]),

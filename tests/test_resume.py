@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import Answer, folders_of_images
+from omegaconf import DictConfig
 from PIL import Image
 
-from okddip import checkpoint
+from okddip import checkpoint, resume
 from okddip.tracking import MLflow
 from okddip.trainer import Trainer
 
@@ -159,6 +160,11 @@ def test_going_on_with_other_settings_is_refused_with_the_differences(okddip: Ok
     assert "optimizer.lr: 0.02 there, 0.01 here" in answer.err
     assert "seed: 0 there, 2 here" in answer.err
     assert "trainer.epochs: " not in answer.err
+
+
+def test_a_run_is_the_same_on_another_device(configured: Callable[..., DictConfig]) -> None:
+    assert resume.identity(configured("trainer.device=cuda:1")) == resume.identity(configured())
+    assert resume.identity(configured("trainer.tf32=false")) != resume.identity(configured())
 
 
 @pytest.mark.parametrize("by_id", [False, True])

@@ -265,7 +265,7 @@ def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path:
     common = (*SMALL, "methods.teacher=auto", "methods.teacher_model=resnet14")
     assert okddip("-m", *common, "method=kd", "method.temperature=2,3", "hydra.sweep.dir=kd").code == 0
     [teacher] = runs(tmp_path, "others")
-    assert teacher.info.run_name == "baseline1-seed0-network-resnet14-digits"
+    assert teacher.info.run_name == "teacher baseline1-seed0-network-resnet14-digits"
     assert teacher.info.status == "FINISHED"
     assert [run.data.params["method.teacher"] for run in runs(tmp_path)] == ["auto", "auto"]
     [kind] = {run.data.tags["teacher"] for run in runs(tmp_path)}

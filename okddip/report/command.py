@@ -32,7 +32,8 @@ def reproduce(client: "MlflowClient", run_id: str) -> str:
 
     The command of a sweep's job is not the one that was typed, so the overrides are found anew: the options
     of the groups, then each value that still differs, until the composed configuration equals the
-    `config.yaml` of the run. Composes as the program that runs now does. The parent of a sweep has the
+    `config.yaml` of the run. Composes as the program that runs now does. A run that was made longer takes a
+    command for each length, if it is no run that could have been begun so long. The parent of a sweep has the
     command that was typed.
 
     Raises:
@@ -60,13 +61,22 @@ def reproduce(client: "MlflowClient", run_id: str) -> str:
         known = f" It was started with: {typed}" if typed else ""
         raise ConfigError(f"report.run={run_id}: this run keeps no config.yaml.{known}") from None
     wanted = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    lengths = [int(length) for length in run.data.tags.get("lengths", "").split()]
+    folder = f"outputs/{wanted.get('name')}/as-{run_id[:8]}"
+    commands: list[str] = []
     try:
-        arguments = [*config_folders(typed), *overrides(wanted)]
+        for epochs in [*lengths, wanted["trainer"]["epochs"]]:
+            so_long = {**wanted, "trainer": {**wanted["trainer"], "epochs": epochs}}
+            arguments = [*config_folders(typed), *overrides(so_long)]
+            if lengths:
+                place = "trainer.resume" if commands else "hydra.run.dir"
+                arguments.append(f"{place}={as_override(folder)}")
+            commands.append(shlex.join(["okddip", *arguments]))
     except (HydraException, OmegaConfBaseException) as error:
         folders = shlex.join(config_folders(typed))
         hint = f" It was started with {folders}: give that here too." if folders else ""
         raise ConfigError(f"report.run={run_id}: cannot be composed here. {error}{hint}") from None
-    return f"{about}\n{shlex.join(['okddip', *arguments])}"
+    return "\n".join([about, *commands])
 
 
 def overrides(wanted: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 PAGE = 1000  # runs that the store sends at once
 NEEDED = {"method", "seed", "trainer.epochs"}  # params of a training run
 TEACHER = "method.teacher"  # the param: where it is
+LENGTHENED = (
+    "trainer.lengthened_from"  # no param: what of a run that was made longer another run would not have
+)
 OTHER_TASKS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
 
 
@@ -142,6 +145,8 @@ def settings(run: "Run") -> dict[str, str]:
     }
     if teacher := tag(run, "teacher"):
         known |= {TEACHER: teacher, f"{TEACHER}_model": teacher.rpartition("-")[0]}
+    if lengths := tag(run, "lengths"):
+        known[LENGTHENED] = lengths
     return known
 
 

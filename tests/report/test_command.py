@@ -73,6 +73,35 @@ def test_a_job_of_a_sweep_gets_the_command_of_its_own(
     assert composed == kept
 
 
+@pytest.mark.slow
+def test_a_run_that_was_made_longer_is_reproduced_as_it_was_made_and_is_no_run_of_that_length(
+    okddip: Okddip, store: MlflowClient
+) -> None:
+    small = ("dataset=digits", "model=resnet8", "method=baseline", "dataset.train_size=200")
+    small = (*small, "tracking.experiment=longer", "scheduler.milestones=[0.5]")
+    assert okddip(*small, "trainer.epochs=2", "hydra.run.dir=run").code == 0
+    assert okddip(*small, "trainer.epochs=4", "trainer.resume=run").code == 0
+    experiment = store.get_experiment_by_name("longer").experiment_id
+    [run] = store.search_runs([experiment])
+    rates = [point.value for point in store.get_metric_history(run.info.run_id, "train/lr")]
+    assert rates == pytest.approx([0.1, 0.01, 0.01, 0.01])
+
+    answer = okddip("task=report", f"report.run={run.info.run_id}")
+    comment, *commands = answer.out.strip().splitlines()
+    assert comment.startswith("# ")
+    for command in commands:
+        assert okddip(*shlex.split(command)[1:]).code == 0, command
+    again, _ = store.search_runs([experiment])
+    assert again.info.run_id != run.info.run_id
+    assert again.data.metrics["final/top1"] == run.data.metrics["final/top1"]
+
+    sweep = okddip("-m", *small, "trainer.epochs=4", "seed=0")
+    assert "1 job: 1 finished." in sweep.out  # not "finished before"
+    table = okddip("task=report", "tracking.experiment=longer").out
+    assert [line.split()[0] for line in table.splitlines() if line.startswith("baseline")] == ["baseline"] * 2
+    assert "lengthened_from" in table
+
+
 def test_the_parent_of_a_sweep_has_the_command_that_was_typed(okddip: Okddip, store: MlflowClient) -> None:
     experiment = store.get_experiment_by_name("okddip")
     typed = "okddip -m method=one,okddip 'name=a b'"
