@@ -163,6 +163,11 @@ def check(config: DictConfig) -> None:
         if not isinstance(section, DictConfig) or name not in section:
             raise ConfigError(f"{key}: is not in the configuration, and no run does without it.")
     check_ablation(config)
+    if config.trainer.rerun and config.trainer.resume is not None:
+        raise ConfigError(
+            f"trainer.rerun=true, trainer.resume={config.trainer.resume}: the one trains anew, the other goes"
+            " on. Leave one out; a sweep with trainer.rerun=true that was cut off goes on when given again."
+        )
     check_number("seed", config.seed, minimum=0, integer=True)
     if not isinstance(config.name, str) or not config.name.strip():
         raise ConfigError(f"name={config.name}: must be text, the run's name.")

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from filelock import FileLock, Timeout
@@ -345,8 +346,12 @@ def newest(config: DictConfig, folder: Path, *, of_this_job: bool = False) -> Pa
     return max(same, key=lambda path: path.stat().st_mtime).parent if same else None
 
 
-def newest_in_store(config: DictConfig) -> Path | None:
+def newest_in_store(config: DictConfig, tags: Mapping[str, str] = MappingProxyType({})) -> Path | None:
     """The folder on this machine of the unfinished run that the store has for this configuration.
+
+    Args:
+        config: of the run.
+        tags: that it must have too.
 
     Raises:
         ConfigError: the store cannot be opened.
@@ -354,7 +359,7 @@ def newest_in_store(config: DictConfig) -> Path | None:
     tracker = instantiate(config.tracking)
     tracker.open()
     wanted = identity(config)
-    for run in tracker.find({"identity": wanted}):
+    for run in tracker.find({"identity": wanted, **tags}):
         folder = Path(run.data.tags.get("folder", ""))
         if run.info.status == "FINISHED" or not (folder / "run.json").exists():
             continue

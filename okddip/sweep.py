@@ -15,12 +15,15 @@ import os
 import re
 import shlex
 import sys
+import threading
+import time
 import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -64,6 +67,8 @@ NO_CHDIR = (
     " tracking.uri. Leave it out; a run's files are in its output folder in any case."
 )
 
+LOCK = "sweep.lock"  # in the folder of a sweep
+
 GRID = "hydra_plugins.okddip.GridSweeper"
 
 # what a job without a result returns: the worst value, for a sweeper that maximizes
@@ -80,6 +85,7 @@ class Sweep:
     tracker: MLflow | NoTracking | None = None  # None: jobs that are no training runs have no parent
     jobs: list[list[str]] = field(default_factory=list)  # overrides of each, where they are known beforehand
     left_out: list[Outcome] = field(default_factory=list)  # of jobs that cannot be
+    held: FileLock | None = None  # in the folder, as long as the sweep goes on
 
 
 @dataclass
@@ -133,6 +139,13 @@ def begin(config: DictConfig) -> Sweep:
             f"multirun_presets={swept['multirun_presets']}: a preset is a sweep of its own. Give one command"
             " for each."
         )
+    sweeper, training = config.hydra.sweeper, config.task._target_ == TRAIN
+    direction = getattr(sweeper.get("direction"), "name", sweeper.get("direction"))
+    if training and sweeper._target_.endswith("OptunaSweeper") and direction == "minimize":
+        raise ConfigError(
+            "hydra.sweeper.direction=minimize: a training run returns its accuracy, and Optuna would look for"
+            " the worst. Add hydra.sweeper.direction=maximize."
+        )
     os.environ[START] = uuid.uuid4().hex
     name = config.hydra.runtime.choices.get("multirun_presets") or " x ".join(swept) or "sweep"
     submitit = "submitit" in config.hydra.launcher._target_
@@ -145,6 +158,7 @@ def overrides_of(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:
     swept: dict[str, str] = {}
     for override in parsed_overrides(config):
         key, _, value = (override.input_line or "").partition("=")
+        key = key.lstrip("+")
         overrides[key] = value
         swept.pop(key, None)
         if override.is_sweep_override():
@@ -181,17 +195,22 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
     places = [place for place in PLACES if place != "methods."]
     places += [f"dataset.{key}" for key in PLACES_OF_DATA]
     settings = sorted(
-        f"{key}={value}"
-        for key, value in overrides.items()
-        if not key.lstrip("+").startswith((*places, "tracking"))
+        f"{key}={value}" for key, value in overrides.items() if not key.startswith((*places, "tracking"))
     )
     if set(datasets(config)) & set(FOLDERS):  # each folder is a data set of its own
         root = swept.get("dataset.root") or Path(str(config.dataset.root)).expanduser().absolute()
         settings.append(f"dataset.root={root}")
+    if config.trainer.rerun:
+        settings.append("trainer.rerun=true")
     identity = hashlib.sha256(json.dumps([sweep.name, *settings]).encode()).hexdigest()[:16]
     tracker = instantiate(config.tracking)
     tracker.open()
-    same = [] if config.trainer.rerun else tracker.find({"identity": identity, "kind": "sweep"})
+    parents = tracker.find({"kind": "sweep"})
+    close_abandoned(tracker, parents)
+    same = [parent for parent in parents if parent.data.tags.get("identity") == identity]
+    if config.trainer.rerun:  # one that is finished is forced anew, one that was cut off goes on
+        same = [parent for parent in same if parent.info.status != "FINISHED"]
+    hold(sweep)
     own = "each method's own"
     with unstopped():  # a run that has begun must be known, to be ended
         sweep.tracker = tracker
@@ -217,6 +236,27 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
         )
         os.environ[NAME], os.environ[PARENT_RUN] = sweep.name, run_id
         os.environ[UNNAMED] = " ".join(key for key in swept if key not in named_by(config))
+
+
+def hold(sweep: Sweep) -> None:
+    """Show others that a sweep goes on, until its process ends, however it ends."""
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    sweep.held = FileLock(sweep.folder / LOCK)
+    with suppress(Timeout):  # another sweep's jobs go into the same folder
+        sweep.held.acquire(timeout=0)
+
+
+def close_abandoned(tracker: MLflow | NoTracking, parents: Sequence[Run]) -> None:
+    """End the runs of sweeps whose process was killed on this machine, and could not do it."""
+    from okddip.tracking import MLflow, open_store
+
+    for parent in parents:
+        lock = Path(parent.data.tags.get("folder", "")) / LOCK
+        if parent.info.status != "RUNNING" or not lock.exists() or not isinstance(tracker, MLflow):
+            continue
+        with suppress(Timeout, OSError), FileLock(lock, timeout=0):
+            open_store(tracker.uri).set_terminated(parent.info.run_id, "KILLED")
+            close_children(tracker, parent.info.run_id)
 
 
 def datasets(config: DictConfig) -> list[str]:
@@ -277,7 +317,8 @@ def name_of_run(config: DictConfig) -> str:
     Ahead of it, since MLflow's column of names shows their beginnings.
     """
     unnamed = os.environ.get(UNNAMED, "").split()
-    given = dict(override.split("=", 1) for override in HydraConfig.get().overrides.task if "=" in override)
+    task = HydraConfig.get().overrides.task
+    given = dict(override.lstrip("+").split("=", 1) for override in task if "=" in override)
     words = [f"{key.rpartition('.')[2]}={shortened(given[key])}" for key in unnamed if key in given]
     return " ".join([*words, config.name])
 
@@ -301,10 +342,43 @@ def gpu_in_turn(gpus: int) -> int | None:
     """
     if not HydraConfig.initialized() or not is_job():
         return None
-    launcher, number = HydraConfig.get().launcher._target_, HydraConfig.get().job.num
-    return number % gpus if launcher.endswith("JoblibLauncher") else None
+    return HydraConfig.get().job.num % gpus if is_joblibs() else None
 
 
+def is_joblibs() -> bool:
+    return str(HydraConfig.get().launcher._target_).endswith("JoblibLauncher")
+
+
+# held by this process while it works on a job
+_working = threading.Lock()
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Within, a process of joblib's has a job; without one it ends when that of the sweep was killed.
+
+    Joblib would keep it waiting for good, with all of its memory and that of a GPU.
+    """
+    if is_joblibs():
+        end_with_the_sweep()
+    with _working:
+        yield
+
+
+@cache
+def end_with_the_sweep() -> None:
+    sweep = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == sweep:
+            time.sleep(PATIENCE)
+        with _working:
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@at_work()
 def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[[DictConfig], Any]) -> Any:
     """Run a job of a sweep so that, whatever becomes of it, the others run too.
 
@@ -331,16 +405,17 @@ def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[
     value: Any = NO_RESULT
     try:
         check(config)
+        parent = os.environ.get(PARENT_RUN, "") if config.trainer.rerun else None  # all others do not count
         if config.task._target_ == TRAIN:
             with only_one(config):
-                run = None if config.trainer.rerun else next(finished_runs(config), None)
+                run = next(finished_runs(config, parent=parent), None)
                 if run is not None:
                     outcome.kind, outcome.run_id = "finished before", run.info.run_id
                     value = run.data.metrics["final/top1"]
                     log.info("%s: finished before, as MLflow run %s.", config.name, run.info.run_id)
                 else:
-                    if config.trainer.resume is None and not config.trainer.rerun:
-                        config.trainer.resume = "auto"
+                    if config.trainer.resume is None:
+                        config.trainer.resume = "auto" if parent is None else cut_off(config, parent)
                     value = task(config)
         else:
             value = task(config)
@@ -356,6 +431,14 @@ def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[
     outcome.value = value if isinstance(value, int | float) else None
     write(outcome, folder)
     return value
+
+
+def cut_off(config: DictConfig, parent: str) -> str | None:
+    """Where the run of this configuration is that was cut off under a parent run, if there is one."""
+    from okddip.resume import newest_in_store
+
+    folder = newest_in_store(config, {"mlflow.parentRunId": parent}) if parent else None
+    return None if folder is None else str(folder)
 
 
 def write(outcome: Outcome, folder: Path) -> None:
@@ -394,12 +477,13 @@ def only_one(config: DictConfig) -> Iterator[None]:
         lock.release()
 
 
-def finished_runs(config: DictConfig, everywhere: bool = False) -> Iterator[Run]:
+def finished_runs(config: DictConfig, everywhere: bool = False, parent: str | None = None) -> Iterator[Run]:
     """Finished MLflow runs with this configuration and these images in tracking's experiment, newest first.
 
     Args:
         config: of the run.
         everywhere: look in all experiments of the store.
+        parent: look among the children of this run alone.
 
     Raises:
         ConfigError: the store cannot be opened, or the images that are to be compared cannot be had.
@@ -409,7 +493,8 @@ def finished_runs(config: DictConfig, everywhere: bool = False) -> Iterator[Run]
 
     tracker = instantiate(config.tracking)
     tracker.open()
-    for run in tracker.find({"identity": identity(config)}, everywhere):
+    under = {} if parent is None else {"mlflow.parentRunId": parent}
+    for run in tracker.find({"identity": identity(config), **under}, everywhere):
         if run.info.status == "FINISHED" and "final/top1" in run.data.metrics:
             if digests_of(run) == digests(config):
                 yield run
@@ -439,7 +524,7 @@ def end(error: BaseException | None = None) -> bool:
         finished_before = [outcome.run_id for outcome in outcomes if outcome.run_id]
         if parent and outcomes and not is_stop(error):
             try:
-                close_children(sweep, parent)
+                close_children(sweep.tracker, parent)
                 report(sweep, parent, finished_before)
             except Exception:  # the jobs are done, and the last lines are still to be said
                 log.exception("The end of the sweep is not whole:")
@@ -454,10 +539,12 @@ def end(error: BaseException | None = None) -> bool:
                 sweep.tracker.finish("KILLED")  # first of all: there may be seconds left
             sweep.tracker.set_tags(finished_before_tags(finished_before))
             if parent and is_stop(error):
-                close_children(sweep, parent)
+                close_children(sweep.tracker, parent)
             elif not is_stop(error):
                 sweep.tracker.finish("FINISHED" if good else "FAILED")
         conclude(sweep, outcomes, good, error)
+        if sweep.held is not None:
+            sweep.held.release()
     if is_stop(error):
         raise error
     return good
@@ -502,8 +589,10 @@ def conclude(sweep: Sweep, outcomes: Sequence[Outcome], good: bool, error: BaseE
                 print(f"{kind} #{outcome.job} {own}: {outcome.reason}")
     if is_stop(error) and sweep.outlived:
         print("Jobs that submitit was given may go on, or begin, without this process.")
-    if outcomes and isinstance(error, SystemExit) and isinstance(reason := error.__context__, HydraException):
-        print(f"The sweep itself ended early: {str(reason).splitlines()[0]}")
+    reason = error.__context__ if isinstance(error, SystemExit) and not is_stop(error) else None
+    if outcomes and isinstance(reason, Exception):
+        kind = "" if isinstance(reason, HydraException) else f"{type(reason).__name__}: "
+        print(f"The sweep itself ended early: {kind}{(str(reason).splitlines() or [''])[0]}")
     elif sweep.tracker is not None and outcomes and not good:
         print("The same command again does what is missing, and nothing twice.")
 
@@ -534,18 +623,18 @@ def finished_before(parent: Run) -> set[str]:
     return {run_id for key, ids in tags if key.startswith(f"{FINISHED_BEFORE}.") for run_id in ids.split()}
 
 
-def close_children(sweep: Sweep, parent: str) -> None:
+def close_children(tracker: MLflow | NoTracking | None, parent: str) -> None:
     """End the MLflow runs of jobs, and of their teachers, whose process was killed and could not do it."""
     from okddip.resume import lock
     from okddip.tracking import MLflow, open_store
 
-    if not isinstance(sweep.tracker, MLflow):
+    if not isinstance(tracker, MLflow):
         return
     try:
         running = [
             run
             for key in ("mlflow.parentRunId", TRAINED_FOR)
-            for run in sweep.tracker.find({key: parent})
+            for run in tracker.find({key: parent})
             if run.info.status == "RUNNING"
         ]
     except ConfigError as error:
@@ -557,7 +646,7 @@ def close_children(sweep: Sweep, parent: str) -> None:
             continue
         try:
             with lock(folder):
-                open_store(sweep.tracker.uri).set_terminated(run.info.run_id, "KILLED")
+                open_store(tracker.uri).set_terminated(run.info.run_id, "KILLED")
         except ConfigError:
             continue  # it is running
 

@@ -80,7 +80,8 @@ def configuration(config: DictConfig) -> DictConfig:
     try:
         options = compose(HydraConfig.get().job.config_name, ["method=baseline", f"model={model}"])
     except HydraException as error:
-        raise ConfigError(f"method.teacher_model={model}: {error}") from None
+        reason = str(error).partition("\nConfig search path")[0].rstrip()
+        raise ConfigError(f"method.teacher_model={model}: {reason}") from None
     teacher = copy.deepcopy(config)
     for key in ("method", "model"):
         teacher[key] = OmegaConf.create(OmegaConf.to_container(options[key], resolve=True))

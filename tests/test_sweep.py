@@ -585,6 +585,59 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
         assert sorted(metric.step for metric in logged) == list(range(40))
 
 
+@pytest.mark.slow
+def test_a_forced_sweep_that_was_killed_goes_on_and_counts_nothing_from_before(tmp_path: Path) -> None:
+    command = [*SMALL, "method=baseline", "seed=0,1,2", "trainer.epochs=40", "hydra.mode=MULTIRUN"]
+    output, _ = start(tmp_path, *command).communicate(timeout=300)
+    assert "3 jobs: 3 finished." in output
+    [before] = runs(tmp_path, "parents")
+    killed = start(tmp_path, *command, "trainer.rerun=true", "hydra.sweep.dir=multirun/forced")
+    while not list(tmp_path.glob("multirun/forced/1-*/previous.pt")):
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    again = start(tmp_path, *command, "trainer.rerun=true")
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    assert "3 jobs: 1 finished before, 2 finished." in output
+    assert output.count("; goes on after epoch") == 1
+    _, forced = runs(tmp_path, "parents")
+    for parent in (before, forced):
+        own = [run for run in runs(tmp_path) if run.data.tags["mlflow.parentRunId"] == parent.info.run_id]
+        assert [run.info.status for run in own] == ["FINISHED"] * 3
+    output, _ = start(tmp_path, *command, "trainer.rerun=true").communicate(timeout=300)
+    assert "3 jobs: 3 finished." in output  # the one before is finished: all is forced anew
+
+
+@pytest.mark.slow
+def test_what_a_killed_sweep_leaves_running_is_closed_by_the_next_sweep_whichever_it_is(
+    tmp_path: Path,
+) -> None:
+    command = [*SMALL, "method=baseline", "seed=0,1", "trainer.epochs=1000", "hydra.mode=MULTIRUN"]
+    killed = start(tmp_path, *command)
+    while not list(tmp_path.glob("multirun/*/0-*/previous.pt")):
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.01)
+    going_on = start(tmp_path, "-m", *SMALL, "method=baseline", "seed=7,8")
+    output, _ = going_on.communicate(timeout=300)
+    assert "2 jobs: 2 finished." in output
+    assert [run.info.status for run in runs(tmp_path, "parents")] == ["RUNNING", "FINISHED"]
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    output, _ = start(tmp_path, "-m", *SMALL, "method=baseline", "seed=9").communicate(timeout=300)
+    assert "1 job: 1 finished." in output
+    assert [run.info.status for run in runs(tmp_path, "parents")] == ["KILLED", "FINISHED", "FINISHED"]
+    assert runs(tmp_path)[0].info.status == "KILLED"
+
+
+def test_going_on_and_training_anew_at_once_is_refused(okddip: Okddip) -> None:
+    answer = okddip("-m", *SMALL, "seed=0,1", "trainer.rerun=true", "trainer.resume=auto", "tracking=none")
+    assert answer.code == 1
+    assert "2 jobs: 2 failed" in answer.out
+    assert "trainer.rerun=true, trainer.resume=auto: the one trains anew" in answer.out
+
+
 @pytest.mark.parametrize("layout", ["hydra.output_subdir=null", "hydra.sweep.subdir=deep/${hydra.job.num}"])
 def test_outcomes_are_those_of_this_sweep_wherever_hydra_puts_its_jobs(
     okddip: Okddip, tmp_path: Path, layout: str
@@ -718,7 +771,7 @@ def test_jobs_side_by_side_are_children_of_one_parent_and_share_a_teacher(
     assert {run.data.tags["mlflow.parentRunId"] for run in runs(tmp_path)} == {parent.info.run_id}
     assert [run.info.status for run in [parent, *runs(tmp_path)]] == ["FINISHED"] * 3
     assert [run.info.run_name for run in runs(tmp_path, "others")] == [
-        "baseline1-seed0-network-resnet14-digits"
+        "teacher baseline1-seed0-network-resnet14-digits"
     ]
 
 
@@ -899,6 +952,41 @@ def test_a_job_is_the_same_on_whatever_gpu_it_runs(tmp_path: Path) -> None:
     assert len({process for _, _, process in beside}) < 5  # one process has jobs on several GPUs
 
 
+def processes_of(session: int) -> list[int]:
+    """Of a session, those that are no zombies."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, its = (process / "stat").read_text().rpartition(") ")[2].split()[:4]
+        except (OSError, ValueError):  # it has ended
+            continue
+        if int(its) == session and state != "Z":
+            found.append(int(process.name))
+    return found
+
+
+@pytest.mark.slow
+def test_processes_of_joblib_end_after_their_job_when_the_sweep_is_killed(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = start(
+        tmp_path,
+        *("-m", *SMALL, "method=baseline", "seed=0,1,2", "trainer.epochs=60", "hydra.sweep.dir=sweep"),
+        *("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+    )
+    while len(list(tmp_path.glob("sweep/*/previous.pt"))) < 2:
+        assert sweep.poll() is None, sweep.communicate()[0]
+        time.sleep(0.01)
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.wait()
+    assert processes_of(sweep.pid)
+    deadline = time.monotonic() + 120
+    while left := processes_of(sweep.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+    kinds = [kind for _, kind in outcomes(tmp_path / "sweep")]
+    assert kinds.count("finished") >= 2  # what they had begun
+
+
 @pytest.mark.slow
 def test_optuna_maximizes_what_jobs_return_and_passes_over_those_that_fail(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
@@ -915,6 +1003,14 @@ def test_optuna_maximizes_what_jobs_return_and_passes_over_those_that_fail(tmp_p
     best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
     assert best.best_params["optimizer.lr"] == 0.05
     assert best.best_value == max(run.data.metrics.get("final/top1", 0) for run in runs(tmp_path))
+
+
+def test_optuna_is_not_let_to_look_for_the_worst_accuracy(okddip: Okddip) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    answer = okddip("-m", *SMALL, "hydra/sweeper=optuna", "optimizer.lr=interval(0.01,0.3)", "tracking=none")
+    assert answer.code == 1
+    assert "hydra.sweeper.direction=minimize: " in answer.err
+    assert "Add hydra.sweeper.direction=maximize." in answer.err
 
 
 @pytest.mark.slow
