@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import socket
 import sys
 import threading
 import time
@@ -250,9 +251,11 @@ def close_abandoned(tracker: MLflow | NoTracking, parents: Sequence[Run]) -> Non
     """End the runs of sweeps whose process was killed on this machine, and could not do it."""
     from okddip.tracking import MLflow, open_store
 
-    for parent in parents:
+    if not isinstance(tracker, MLflow):
+        return
+    for parent in (parent for parent in parents if parent.info.status == "RUNNING"):
         lock = Path(parent.data.tags.get("folder", "")) / LOCK
-        if parent.info.status != "RUNNING" or not lock.exists() or not isinstance(tracker, MLflow):
+        if parent.data.tags.get("host") != socket.gethostname() or not lock.exists():
             continue
         with suppress(Timeout, OSError), FileLock(lock, timeout=0):
             open_store(tracker.uri).set_terminated(parent.info.run_id, "KILLED")
@@ -359,7 +362,7 @@ def at_work() -> Iterator[None]:
 
     Joblib would keep it waiting for good, with all of its memory and that of a GPU.
     """
-    if is_joblibs():
+    if is_joblibs() and _begun is None:  # where it has a single process, that is the sweep's own
         end_with_the_sweep()
     with _working:
         yield

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -985,6 +986,22 @@ def test_processes_of_joblib_end_after_their_job_when_the_sweep_is_killed(tmp_pa
         time.sleep(0.5)
     kinds = [kind for _, kind in outcomes(tmp_path / "sweep")]
     assert kinds.count("finished") >= 2  # what they had begun
+
+
+@pytest.mark.slow
+def test_a_sweep_of_one_process_of_joblib_outlives_the_shell_that_started_it(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    command = [sys.executable, "-m", "okddip.main", "-m", *SMALL, "method=baseline", "seed=0,1,2"]
+    command += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1", "hydra.sweep.dir=sweep", "tracking=none"]
+    command += ["trainer.epochs=60"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    until_it_trains = "while [ ! -e sweep/0-*/previous.pt ]; do sleep 0.1; done"
+    shell = f"{shlex.join(command)} > log 2>&1 & {until_it_trains}"
+    subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, timeout=120)
+    deadline = time.monotonic() + 300
+    while "Sweep seed, 3 jobs: 3 finished." not in (tmp_path / "log").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.5)
 
 
 @pytest.mark.slow
