@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 # What may differ between two runs that are the same run: where things are and how they are logged; and what
 # several methods share, which counts where a method takes it.
-PLACES = ("name", "tracking.", "trainer.device", "trainer.resume", "trainer.rerun", "task.", "methods.")
+PLACES = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.", "methods.")
 PLACES_OF_DATA = ("root", "cache_dir")
 FOLDERS = ("image_folder", "imagenet")  # data sets that are whatever lies in their place
 
@@ -62,11 +62,16 @@ def settings(config: DictConfig | dict[str, Any]) -> dict[str, str]:
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     flat = flatten(cast(dict[str, Any], plain))
     return {
-        key: value
+        key: alike(key, value)
         for key, value in flat.items()
         if not key.startswith(PLACES)
         and not (key.startswith("dataset.") and key.rpartition(".")[2] in PLACES_OF_DATA)
     }
+
+
+def alike(key: str, value: str) -> str:
+    """A setting's value without what makes no difference: which of a machine's GPUs it is."""
+    return value.partition(":")[0] if key == "trainer.device" else value
 
 
 def identity(config: DictConfig | dict[str, Any], lengths: Sequence[int] = ()) -> str:
@@ -83,7 +88,7 @@ def identity(config: DictConfig | dict[str, Any], lengths: Sequence[int] = ()) -
 
 
 def lengths_before(
-    run: Run, epochs: int, rate: float, schedule: Callable[[int], float], ramp: Callable[[int], float]
+    run: Run, epochs: int, schedule: Callable[[int], float], ramp: Callable[[int], float]
 ) -> list[int]:
     """The lengths in epochs that a run was to have before it was made longer, if that makes it another.
 
@@ -93,18 +98,21 @@ def lengths_before(
     Args:
         run: that begins or goes on.
         epochs: its length now.
-        rate: learning rate that `schedule` multiplies.
         schedule, ramp: of a run of that length, by epoch.
     """
+    from okddip.main import make, restore
+
     if run.state is None:
         return []
     before = list(run.state.get("lengths", []))
-    length = run.state["config"]["trainer"]["epochs"]
-    if length != epochs:
-        for epoch, _, results in finished_epochs(run.folder / "metrics.jsonl"):
-            if (results.get("train/lr"), results.get("train/ramp")) != (rate * schedule(epoch), ramp(epoch)):
-                return [*before, int(length)]
-    return before
+    length = int(run.state["config"]["trainer"]["epochs"])
+    if length == epochs:
+        return before
+    _, method = restore(run.state)
+    followed = make("scheduler", OmegaConf.create(run.state["config"]["scheduler"]), epochs=length)
+    finished = range(run.state["epoch"] + 1)
+    alike = all((followed(e), method.ramp(e)) == (schedule(e), ramp(e)) for e in finished)
+    return before if alike else [*before, length]
 
 
 def digests(config: DictConfig) -> dict[str, str]:
@@ -233,7 +241,7 @@ def take_up(config: DictConfig, folder: Path, tracking_id: str | None) -> Run:
         for leftover in [*folder.glob("*.new"), *folder.glob("*.tmp")]:
             leftover.unlink()
     complete_metrics(run)
-    sign(run, config)  # the identity of a longer run is a new one
+    sign(run, config)
     return run
 
 
@@ -273,7 +281,7 @@ def adopt(config: DictConfig, folder: Path, path: Path, tracking_id: str | None)
         elif best is not None:
             try:
                 other = checkpoint.load(beside("best.pt"))
-                if (other["epoch"], identity(other["config"])) != (best, identity(state["config"])):
+                if other["epoch"] != best or beside_length(other) != beside_length(state):
                     raise ConfigError(f"{beside('best.pt')}: is of another run.")
                 checkpoint.copy(beside("best.pt"), folder / "best.pt")
             except ConfigError as error:
@@ -283,10 +291,19 @@ def adopt(config: DictConfig, folder: Path, path: Path, tracking_id: str | None)
     return run
 
 
+def beside_length(state: dict[str, Any]) -> dict[str, str]:
+    """The settings of a checkpoint apart from the length of its run, which may have grown."""
+    return {key: value for key, value in settings(state["config"]).items() if key != "trainer.epochs"}
+
+
 def sign(run: Run, config: DictConfig) -> None:
-    """Write down what a run is, and which jobs began it or went on with it."""
-    lengths = run.state.get("lengths", []) if run.state else []
-    note(run, identity=identity(config, lengths), job=" ".join(sorted(jobs())))
+    """Write down which jobs began a run or went on with it, and what they were asked for.
+
+    And what a new run is; one that goes on may still be refused, for other images say.
+    """
+    asked = identity(config)
+    new = {} if run.state else {"identity": asked}
+    note(run, asked=asked, job=" ".join(sorted(jobs())), **new)
 
 
 def note(run: Run, **facts: str) -> None:
@@ -337,10 +354,12 @@ def newest(config: DictConfig, folder: Path, *, of_this_job: bool = False) -> Pa
     if (folder.parent / "multirun.yaml").exists():
         notes |= {*folder.parent.parent.glob("*/*/run.json")}
     wanted = identity(config)
+    if of_this_job:  # what it was asked for may have become another run: one that was made longer
+        notes = {path for path in notes if own_jobs() & set(noted(path.parent).get("job", "").split())}
+        same = [path for path in notes if noted(path.parent).get("asked") == wanted]
+        return max(same, key=lambda path: path.stat().st_mtime).parent if same else None
     same = [path for path in notes if identity_of(path.parent) == wanted]
-    if of_this_job:
-        same = [path for path in same if own_jobs() & set(noted(path.parent).get("job", "").split())]
-    elif any("data" in noted(path.parent) for path in same):
+    if any("data" in noted(path.parent) for path in same):
         ours = fingerprint(digests(config))
         same = [path for path in same if noted(path.parent).get("data", ours) == ours]
     return max(same, key=lambda path: path.stat().st_mtime).parent if same else None

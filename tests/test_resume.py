@@ -162,8 +162,12 @@ def test_going_on_with_other_settings_is_refused_with_the_differences(okddip: Ok
     assert "trainer.epochs: " not in answer.err
 
 
-def test_a_run_is_the_same_on_another_device(configured: Callable[..., DictConfig]) -> None:
-    assert resume.identity(configured("trainer.device=cuda:1")) == resume.identity(configured())
+def test_a_run_is_the_same_on_another_gpu(configured: Callable[..., DictConfig]) -> None:
+    assert resume.identity(configured("trainer.device=cuda:1")) == resume.identity(
+        configured("trainer.device=cuda")
+    )
+    # whose precision is another
+    assert resume.identity(configured("trainer.device=cpu")) != resume.identity(configured())
     assert resume.identity(configured("trainer.tf32=false")) != resume.identity(configured())
 
 
@@ -283,12 +287,14 @@ def test_a_run_that_still_runs_is_not_taken_up(okddip: Okddip, tmp_path: Path) -
     ("job", "count"),
     [("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")],
 )
+@pytest.mark.parametrize("warmup", ["0", "0.9"])  # with 0.9 a run that is made longer is a run of its own
 def test_what_is_started_again_goes_on_with_the_run_that_it_began(
-    okddip: Okddip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: str, count: str
+    okddip: Okddip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: str, count: str, warmup: str
 ) -> None:
-    assert okddip(*BARE, "trainer.epochs=1", "hydra.run.dir=elsewhere").code == 0
+    bare = (*BARE, f"scheduler.warmup_epochs={warmup}")
+    assert okddip(*bare, "trainer.epochs=1", "hydra.run.dir=elsewhere").code == 0
     (tmp_path / "elsewhere" / "run.json").unlink()
-    command = (*BARE, "trainer.epochs=3")
+    command = (*bare, "trainer.epochs=3")
     from_copy = (*command, "trainer.resume=elsewhere/last.pt")
     monkeypatch.setenv(job, "7")
     with monkeypatch.context() as patch:

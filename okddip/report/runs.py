@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 PAGE = 1000  # runs that the store sends at once
 NEEDED = {"method", "seed", "trainer.epochs"}  # params of a training run
 TEACHER = "method.teacher"  # the param: where it is
-LENGTHENED = (
-    "trainer.lengthened_from"  # no param: what of a run that was made longer another run would not have
-)
+LENGTHENED = "trainer.lengthened_from"  # the tag `lengths`, as a column
 OTHER_TASKS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
 
 
