@@ -402,6 +402,7 @@ class Trainer:
         method.eval()
         sums = None
         for images, labels in batches:
+            heed()
             _, batch_sums = step(images, labels, ramp)
             sums = metrics.accumulate(sums, batch_sums)
         if sums is None:

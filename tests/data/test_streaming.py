@@ -1,6 +1,10 @@
 """Data sets that are decoded while training."""
 
 import multiprocessing
+import os
+import signal
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from torchvision.transforms import functional as TF
 from okddip.data.streaming import StreamingDataset, StreamingLoader
 from okddip.errors import ConfigError
 from okddip.measure import Operators
+from okddip.signals import stop_on_signals
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -212,3 +217,19 @@ def test_its_folder_is_checked_like_any_other(root: Path) -> None:
     (root / "val" / "n01443537").rename(root / "val" / "n01491361")
     with pytest.raises(ConfigError, match=r"class 'n01443537' has no folder in .*val"):
         streamed(root)
+
+
+def test_a_signal_while_workers_decode_leaves_none_of_them(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("okddip.data.streaming.read_image", lambda path: time.sleep(600))
+    batches = streamed(root, workers=2).train_loader(2, CPU, seed=0).batches(0)
+    ask = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
+    ask.start()
+    with pytest.raises(SystemExit) as held, stop_on_signals():  # with a traceback that holds the iterator
+        next(batches)
+    assert held.value.code == 143
+    deadline = time.monotonic() + 10
+    while left := multiprocessing.active_children():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
