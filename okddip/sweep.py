@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 # reach the jobs under any launcher
 NAME, PARENT_RUN, START = "OKDDIP_SWEEP", "OKDDIP_PARENT_RUN", "OKDDIP_SWEEP_START"
+PROCESS = "OKDDIP_SWEEP_PROCESS"
 TRAINED_FOR = "trained_for"  # the tag of a teacher: the parent run
 UNNAMED = "OKDDIP_SWEEP_UNNAMED"  # what is swept and does not show in the setting `name`
 
@@ -68,7 +69,7 @@ NO_CHDIR = (
     " tracking.uri. Leave it out; a run's files are in its output folder in any case."
 )
 
-LOCK = "sweep.lock"  # in the folder of a sweep
+LOCK = "lock"  # the tag of a parent: a file that is locked as long as the process of its sweep lives
 
 GRID = "hydra_plugins.okddip.GridSweeper"
 
@@ -86,7 +87,8 @@ class Sweep:
     tracker: MLflow | NoTracking | None = None  # None: jobs that are no training runs have no parent
     jobs: list[list[str]] = field(default_factory=list)  # overrides of each, where they are known beforehand
     left_out: list[Outcome] = field(default_factory=list)  # of jobs that cannot be
-    held: FileLock | None = None  # in the folder, as long as the sweep goes on
+    forced: bool = False  # all jobs are trained, whatever was finished before
+    held: FileLock | None = None  # as long as the sweep goes on
 
 
 @dataclass
@@ -147,7 +149,7 @@ def begin(config: DictConfig) -> Sweep:
             "hydra.sweeper.direction=minimize: a training run returns its accuracy, and Optuna would look for"
             " the worst. Add hydra.sweeper.direction=maximize."
         )
-    os.environ[START] = uuid.uuid4().hex
+    os.environ[START], os.environ[PROCESS] = uuid.uuid4().hex, str(os.getpid())
     name = config.hydra.runtime.choices.get("multirun_presets") or " x ".join(swept) or "sweep"
     submitit = "submitit" in config.hydra.launcher._target_
     return Sweep(name, Path(config.hydra.sweep.dir).absolute(), outlived=submitit)
@@ -187,7 +189,7 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
     if config.task._target_ != TRAIN:
         return
     # the same sweep, wherever it is started and whatever is told of it
-    from okddip.resume import FOLDERS, PLACES, PLACES_OF_DATA
+    from okddip.resume import FOLDERS, PLACES, PLACES_OF_DATA, alike
 
     overrides, swept = overrides_of(config)
     choices, method = config.hydra.runtime.choices, config.method
@@ -196,7 +198,9 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
     places = [place for place in PLACES if place != "methods."]
     places += [f"dataset.{key}" for key in PLACES_OF_DATA]
     settings = sorted(
-        f"{key}={value}" for key, value in overrides.items() if not key.startswith((*places, "tracking"))
+        f"{key}={alike(key, value)}"
+        for key, value in overrides.items()
+        if not key.startswith((*places, "tracking"))
     )
     if set(datasets(config)) & set(FOLDERS):  # each folder is a data set of its own
         root = swept.get("dataset.root") or Path(str(config.dataset.root)).expanduser().absolute()
@@ -209,8 +213,9 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
     parents = tracker.find({"kind": "sweep"})
     close_abandoned(tracker, parents)
     same = [parent for parent in parents if parent.data.tags.get("identity") == identity]
-    if config.trainer.rerun:  # one that is finished is forced anew, one that was cut off goes on
-        same = [parent for parent in same if parent.info.status != "FINISHED"]
+    sweep.forced = bool(config.trainer.rerun)
+    if sweep.forced:  # one that came to its end is forced anew, one that was cut off goes on
+        same = [parent for parent in same if parent.info.status in ("RUNNING", "KILLED")]
     hold(sweep)
     own = "each method's own"
     with unstopped():  # a run that has begun must be known, to be ended
@@ -223,6 +228,7 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
                 "sweep": sweep.name,
                 "identity": identity,
                 "folder": str(sweep.folder),
+                LOCK: sweep.held.lock_file if sweep.held else "",
                 **groups,
                 "structure": swept.get("method.structure", own if "method" in swept else method.structure),
                 "peers": swept.get("method.peers", own if "method" in swept else str(method.peers)),
@@ -242,9 +248,16 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
 def hold(sweep: Sweep) -> None:
     """Show others that a sweep goes on, until its process ends, however it ends."""
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    sweep.held = FileLock(sweep.folder / LOCK)
-    with suppress(Timeout):  # another sweep's jobs go into the same folder
-        sweep.held.acquire(timeout=0)
+    held = FileLock(sweep.folder / f"sweep-{os.environ[START][:8]}.lock")
+    with suppress(OSError, NotImplementedError):  # a file system without locks
+        held.acquire(timeout=0)
+        sweep.held = held
+
+
+def let_go(sweep: Sweep) -> None:
+    if sweep.held is not None:
+        Path(sweep.held.lock_file).unlink(missing_ok=True)
+        sweep.held.release()
 
 
 def close_abandoned(tracker: MLflow | NoTracking, parents: Sequence[Run]) -> None:
@@ -254,12 +267,19 @@ def close_abandoned(tracker: MLflow | NoTracking, parents: Sequence[Run]) -> Non
     if not isinstance(tracker, MLflow):
         return
     for parent in (parent for parent in parents if parent.info.status == "RUNNING"):
-        lock = Path(parent.data.tags.get("folder", "")) / LOCK
-        if parent.data.tags.get("host") != socket.gethostname() or not lock.exists():
+        tags, run_id = parent.data.tags, parent.info.run_id
+        try:
+            if tags.get("host") != socket.gethostname() or not Path(tags.get(LOCK) or "/none").is_file():
+                continue
+            with FileLock(tags[LOCK], timeout=0):
+                store = open_store(tracker.uri)
+                if store.get_run(run_id).data.tags.get(LOCK) == tags[LOCK]:  # nobody has taken it up
+                    store.set_terminated(run_id, "KILLED")
+                    close_children(tracker, run_id)
+        except OSError:  # it goes on, or lies in a folder of somebody else's
             continue
-        with suppress(Timeout, OSError), FileLock(lock, timeout=0):
-            open_store(tracker.uri).set_terminated(parent.info.run_id, "KILLED")
-            close_children(tracker, parent.info.run_id)
+        except Exception as error:
+            log.warning("MLflow run %s was killed, and is still called running: %s", run_id, error)
 
 
 def datasets(config: DictConfig) -> list[str]:
@@ -362,15 +382,16 @@ def at_work() -> Iterator[None]:
 
     Joblib would keep it waiting for good, with all of its memory and that of a GPU.
     """
-    if is_joblibs() and _begun is None:  # where it has a single process, that is the sweep's own
-        end_with_the_sweep()
+    sweep = os.environ.get(PROCESS)
+    if is_joblibs() and sweep and int(sweep) != os.getpid():  # which it is where joblib has one process
+        end_with(int(sweep))
     with _working:
         yield
 
 
 @cache
-def end_with_the_sweep() -> None:
-    sweep = os.getppid()
+def end_with(sweep: int) -> None:
+    """End this process, a child of the sweep's, after its job when that one is gone."""
 
     def watch() -> None:
         while os.getppid() == sweep:
@@ -408,7 +429,8 @@ def job(config: DictConfig, check: Callable[[DictConfig], None], task: Callable[
     value: Any = NO_RESULT
     try:
         check(config)
-        parent = os.environ.get(PARENT_RUN, "") if config.trainer.rerun else None  # all others do not count
+        # where it is forced, only what this very sweep has done counts
+        parent = os.environ.get(PARENT_RUN, "") if config.trainer.rerun else None
         if config.task._target_ == TRAIN:
             with only_one(config):
                 run = next(finished_runs(config, parent=parent), None)
@@ -517,7 +539,7 @@ def end(error: BaseException | None = None) -> bool:
     global _begun
     with unstopped():
         sweep, _begun = _begun, None
-        for name in (NAME, UNNAMED):
+        for name in (NAME, UNNAMED, PROCESS):
             os.environ.pop(name, None)
         parent = os.environ.pop(PARENT_RUN, "")
         start = os.environ.pop(START, "")
@@ -546,8 +568,7 @@ def end(error: BaseException | None = None) -> bool:
             elif not is_stop(error):
                 sweep.tracker.finish("FINISHED" if good else "FAILED")
         conclude(sweep, outcomes, good, error)
-        if sweep.held is not None:
-            sweep.held.release()
+        let_go(sweep)
     if is_stop(error):
         raise error
     return good
@@ -597,7 +618,10 @@ def conclude(sweep: Sweep, outcomes: Sequence[Outcome], good: bool, error: BaseE
         kind = "" if isinstance(reason, HydraException) else f"{type(reason).__name__}: "
         print(f"The sweep itself ended early: {kind}{(str(reason).splitlines() or [''])[0]}")
     elif sweep.tracker is not None and outcomes and not good:
-        print("The same command again does what is missing, and nothing twice.")
+        again = "The same command again"
+        if sweep.forced and not is_stop(error):
+            again = "The same command without trainer.rerun=true"
+        print(f"{again} does what is missing, and nothing twice.")
 
 
 def outcomes_in(folder: Path, start: str) -> list[Outcome]:

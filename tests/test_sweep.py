@@ -179,6 +179,7 @@ def test_a_sweep_runs_all_jobs_and_says_what_became_of_them(okddip: Okddip, tmp_
     # again, in another place: what is finished is left alone
     again = okddip(*command, "hydra.sweep.dir=again")
     assert again.code == 1
+    assert not list(tmp_path.glob("*/sweep-*.lock"))
     assert outcomes(tmp_path / "again")[1:] == [(1, "failed"), (2, "skipped"), (3, "finished before")]
     assert f"finished before, as MLflow run {runs(tmp_path)[1].info.run_id}" in again.out
     assert [run.info.run_id for run in runs(tmp_path, "parents")] == [parent.info.run_id]
@@ -626,9 +627,17 @@ def test_what_a_killed_sweep_leaves_running_is_closed_by_the_next_sweep_whicheve
     assert [run.info.status for run in runs(tmp_path, "parents")] == ["RUNNING", "FINISHED"]
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
+    # of another machine, which may have a folder of this name too
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [own, _] = runs(tmp_path, "parents")
+    theirs = client.create_run(
+        own.info.experiment_id, tags={**own.data.tags, "host": "elsewhere"}
+    ).info.run_id
     output, _ = start(tmp_path, "-m", *SMALL, "method=baseline", "seed=9").communicate(timeout=300)
     assert "1 job: 1 finished." in output
-    assert [run.info.status for run in runs(tmp_path, "parents")] == ["KILLED", "FINISHED", "FINISHED"]
+    statuses = {run.info.run_id: run.info.status for run in runs(tmp_path, "parents")}
+    assert statuses.pop(theirs) == "RUNNING"
+    assert list(statuses.values()) == ["KILLED", "FINISHED", "FINISHED"]
     assert runs(tmp_path)[0].info.status == "KILLED"
 
 
