@@ -166,6 +166,8 @@ def full_precision(group: Group) -> dict[str, object]:
         names = [f"{name}_difference", *(f"{name}_difference_{part}" for part in ("low", "high", "pairs"))]
         row |= dict(zip(names, values, strict=True))
     row["published"] = ", ".join(map(str, group.published))
+    sources = dict.fromkeys(figure.source for figure in group.published)
+    row["published_sources"] = " ".join(f"[{source}] {source_text(source)}." for source in sources)
     return row
 
 

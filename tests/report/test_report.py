@@ -227,6 +227,7 @@ def test_markdown_latex_and_csv_hold_the_same_table(folder: Path) -> None:
     assert table.loc[("cifar10", "okddip", 4), "best_difference_pairs"] == 3
     assert table.loc[("cifar10", "okddip", 4), "seeds"] == "0 1 2"
     assert table.loc[("digits", "baseline", 1), "n"] == 1
+    assert table.loc[("cifar10", "okddip", 4), "published_sources"].startswith("[pcl] Top-1 accuracy")
 
 
 @pytest.mark.skipif(which("pdflatex") is None, reason="no pdflatex here")
