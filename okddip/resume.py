@@ -111,8 +111,8 @@ def lengths_before(
     _, method = restore(run.state)
     followed = make("scheduler", OmegaConf.create(run.state["config"]["scheduler"]), epochs=length)
     finished = range(run.state["epoch"] + 1)
-    alike = all((followed(e), method.ramp(e)) == (schedule(e), ramp(e)) for e in finished)
-    return before if alike else [*before, length]
+    as_if_so_long = all((followed(e), method.ramp(e)) == (schedule(e), ramp(e)) for e in finished)
+    return before if as_if_so_long else [*before, length]
 
 
 def digests(config: DictConfig) -> dict[str, str]:

@@ -269,7 +269,7 @@ def close_abandoned(tracker: MLflow | NoTracking, parents: Sequence[Run]) -> Non
     for parent in (parent for parent in parents if parent.info.status == "RUNNING"):
         tags, run_id = parent.data.tags, parent.info.run_id
         try:
-            if tags.get("host") != socket.gethostname() or not Path(tags.get(LOCK) or "/none").is_file():
+            if tags.get("host") != socket.gethostname() or not Path(tags.get(LOCK, "")).is_file():
                 continue
             with FileLock(tags[LOCK], timeout=0):
                 store = open_store(tracker.uri)
@@ -383,7 +383,7 @@ def at_work() -> Iterator[None]:
     Joblib would keep it waiting for good, with all of its memory and that of a GPU.
     """
     sweep = os.environ.get(PROCESS)
-    if is_joblibs() and sweep and int(sweep) != os.getpid():  # which it is where joblib has one process
+    if is_joblibs() and sweep and int(sweep) != os.getpid():  # with n_jobs=1 jobs run in the sweep's own
         end_with(int(sweep))
     with _working:
         yield
