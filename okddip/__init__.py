@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from okddip.inference import Classifier
+    from okddip.deployment.classifier import Classifier
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,6 @@ def load(folder: str | Path) -> Classifier:
     Raises:
         ConfigError: the folder holds no exported network, or a damaged one.
     """
-    from okddip.inference import load  # importing okddip must not import torch
+    from okddip.deployment.classifier import load  # importing okddip must not import torch
 
     return load(folder)

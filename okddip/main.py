@@ -28,10 +28,11 @@ from hydra.utils import get_method, get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from okddip import distributed, sweep
+from okddip import distributed
 from okddip.errors import ConfigError, Incompatible, check_number
 from okddip.signals import stop_on_signals
-from okddip.sweeper import GridSweeper
+from okddip.sweeps import sweep
+from okddip.sweeps.grid import GridSweeper
 from okddip.usage import usage
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from okddip.methods.base import Method
     from okddip.models.backbone import Backbone
     from okddip.models.group import PeerGroup
-    from okddip.tasks import Parts
+    from okddip.tasks.train import Parts
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent
 CONFIG_HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 
-TASKS_OF_RANKS = ("okddip.tasks.train", "okddip.benchmark.benchmark")
+TASKS_OF_RANKS = ("okddip.tasks.train.train", "okddip.tasks.benchmark.task.benchmark")
 
 
 LEAST_ROOM = 2**16  # bytes; what Hydra writes before a run begins, and more
@@ -207,14 +208,14 @@ def build(config: DictConfig) -> Parts:
     """
     import torch
 
-    from okddip import checkpoint
     from okddip.data.loader import seed_of
     from okddip.data.options import check_options
     from okddip.models.group import PeerGroup
-    from okddip.rehearsal import check_memory, rehearse
-    from okddip.tasks import Parts
-    from okddip.teacher import described
-    from okddip.tracking import NoTracking
+    from okddip.sweeps.teacher import described
+    from okddip.tasks.train import Parts
+    from okddip.tracking.tracker import NoTracking
+    from okddip.training import checkpoint
+    from okddip.training.rehearsal import check_memory, rehearse
 
     trainer = make("trainer", config.trainer)
     schedule = make("scheduler", config.scheduler, epochs=trainer.epochs)
@@ -244,7 +245,7 @@ def build(config: DictConfig) -> Parts:
     teacher = None
     if reference := config.method.get("teacher"):
         if reference == "auto":
-            from okddip.teacher import provide
+            from okddip.sweeps.teacher import provide
 
             reference = provide(config, build)
         uri = config.tracking.get("uri")
@@ -290,8 +291,8 @@ def build(config: DictConfig) -> Parts:
 
 def restore(state: dict[str, Any]) -> tuple[PeerGroup, Method]:
     """The group and the method that a checkpoint holds, on the CPU."""
-    from okddip import checkpoint
     from okddip.models.group import PeerGroup
+    from okddip.training import checkpoint
 
     config = OmegaConf.create(state["config"])
     check_targets(config)
@@ -326,8 +327,8 @@ def check_targets(config: DictConfig) -> None:
     from okddip.data.streaming import StreamingDataset
     from okddip.methods.base import Method
     from okddip.models.backbone import Backbone
-    from okddip.schedules import Schedule
-    from okddip.trainer import Trainer
+    from okddip.training.schedules import Schedule
+    from okddip.training.trainer import Trainer
 
     kinds: dict[str, tuple[Any, ...]] = {
         "model": (Backbone,),
@@ -464,7 +465,7 @@ def check_choices(overrides: list[str]) -> None:
 
 def with_filter_quoted(overrides: Sequence[str]) -> list[str]:
     """Overrides in which the value of `report.where` is a string to Hydra, though it was typed as it is."""
-    from okddip.report.command import as_override
+    from okddip.tasks.report.command import as_override
 
     quoted = []
     for override in overrides:

@@ -17,8 +17,9 @@ import torch
 from conftest import Answer
 from PIL import Image
 
-from okddip import checkpoint, distributed
+from okddip import distributed
 from okddip.data.loader import Share
+from okddip.training import checkpoint
 
 Okddip = Callable[..., Answer]
 SMALL = ("dataset=digits", "model=resnet8", "method.peers=3", "optimizer.lr=0.02", "trainer.batch_size=96")

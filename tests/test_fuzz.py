@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
-from okddip import teacher
 from okddip.data import sources
 from okddip.errors import ConfigError
 from okddip.main import CONFIG_HOME, build, check, check_choices
+from okddip.sweeps import teacher
 
 BASE = ("dataset=digits", "dataset.image_size=8", "model=resnet8", "tracking=none")
 

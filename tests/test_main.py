@@ -12,7 +12,7 @@ import torch
 from conftest import Answer, no_room
 from PIL import Image
 
-from okddip import checkpoint
+from okddip.training import checkpoint
 
 Okddip = Callable[..., Answer]
 REPOSITORY = Path(__file__).parents[1]

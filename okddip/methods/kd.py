@@ -33,7 +33,7 @@ class KD(Method):
         """
         Args:
             teacher: where the trained teacher is; the path of a checkpoint, `runs:/ID`, or `auto`, see
-                `okddip.teacher`.
+                `okddip.sweeps.teacher`.
             teacher_model: with `auto`, the model that the teacher is.
             temperature: T, softens the predictions of both.
             alpha: weight of the soft loss.

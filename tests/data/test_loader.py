@@ -6,7 +6,7 @@ import torch
 from okddip.data.augment import normalization, normalize
 from okddip.data.loader import EvalLoader, TrainLoader, batch_seed, seed_of
 from okddip.data.sources import Split
-from okddip.measure import Operators
+from okddip.tasks.benchmark.measure import Operators
 
 CPU = torch.device("cpu")
 CONSTANTS = normalization([0.5] * 3, [0.25] * 3, CPU)

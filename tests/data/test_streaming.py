@@ -17,8 +17,8 @@ from torchvision.transforms import functional as TF
 
 from okddip.data.streaming import StreamingDataset, StreamingLoader
 from okddip.errors import ConfigError
-from okddip.measure import Operators
 from okddip.signals import stop_on_signals
+from okddip.tasks.benchmark.measure import Operators
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -1,0 +1,806 @@
+"""MLflow: one run holds the configuration, the metrics of every epoch and the artifacts.
+
+Only `MlflowClient` is used, never MLflow's global active run, so nothing leaks from one run of a process
+into the next. A run outlives its store: what cannot be sent is kept, and sent when the store answers again.
+"""
+
+import getpass
+import json
+import logging
+import math
+import os
+import re
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import okddip
+from okddip.errors import ConfigError, check_choice
+from okddip.signals import give_way
+
+if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
+    import mlflow
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+logger = logging.getLogger(__name__)
+
+OPEN_SECONDS = 4.0  # until a store that does not answer is given up; the program's start takes about as long
+ANSWER_SECONDS = 6.0  # the same of one that has answered before
+LOCK_SECONDS = 120.0  # for other processes that open the same new store; seconds each
+SEND_SECONDS = 0.8  # what an epoch waits for one answer; at most two are waited for
+RETRY_SECONDS = 10.0  # how long a store that does not answer is left alone
+UPLOAD_SECONDS = 120.0  # a server may store a large file before it answers
+FINISH_SECONDS = 60.0  # for all that is unsent at the end, as long as the store answers; for files as well
+KILL_SECONDS = 3.0  # the same where the run is killed
+
+MOST_FILES = 10  # named in a tag
+
+RESUMED = "resumed."  # begins the tags of params that are others than when the run began
+CONTEXT = "mlflow.data.context"  # the tag of a data set that says what it is for
+
+# limits of MLflow's requests
+MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 250, 6000, 8000, 36
+MAX_PARAMS, MAX_TAGS, MAX_METRICS = 100, 100, 1000
+
+EXACT = 2.0**53  # up to here a float holds every whole number
+
+ALLOWED_URIS = (
+    "sqlite:///FILE in a folder that exists and can be written, the address of a running MLflow server "
+    "(http://HOST:PORT), or a database as SQLAlchemy names it (postgresql+psycopg://USER@HOST/NAME after "
+    "pip install 'psycopg[binary]'; mysql, mssql)"
+)
+
+
+class Request(NamedTuple):
+    what: str
+    send: Callable[[], object]
+
+
+class DatasetSplit(NamedTuple):
+    """Images that a run works on."""
+
+    name: str  # of the data set
+    digest: str  # the same for the same images
+    place: str  # where they are
+    images: int
+
+
+class MLflow:
+    """Tracking in an MLflow store.
+
+    Args:
+        uri: where the store is: `sqlite:///FILE`, another database or the address of a server.
+        experiment: name of the experiment; created if absent.
+        checkpoints: whether the trainer logs its checkpoints as artifacts.
+        system_metrics: whether training logs the load of CPU, memory, disk, network and GPUs.
+    """
+
+    def __init__(
+        self, uri: str, experiment: str, checkpoints: bool = True, system_metrics: bool = False
+    ) -> None:
+        self.uri = uri
+        self.experiment = experiment
+        self.checkpoints = checkpoints
+        self.system_metrics = system_metrics
+        self.run_id = ""
+        self._client: mlflow.tracking.MlflowClient
+        self._experiment_id = ""
+        self._unsent: deque[Request] = deque()
+        self._uploads: deque[Request] = deque()  # of files, for which nothing else waits
+        self._away = False
+        self._retry_at = 0.0
+        self._upload_at = 0.0
+        self._uploads_failed = False
+        self._killed = False
+        self._monitor: SystemMetricsMonitor | None = None
+
+    def open(self) -> None:
+        """Reach the store; create its tables and the experiment if they are absent.
+
+        Raises:
+            ConfigError: the store cannot be opened; within 10 s, where MLflow itself tries for minutes. Or
+                a switch is neither on nor off, or system metrics are wanted, and what measures them is not
+                installed.
+        """
+        check_choice("tracking.checkpoints", self.checkpoints, (True, False))
+        check_choice("tracking.system_metrics", self.system_metrics, (True, False))
+        if self.system_metrics and find_spec("psutil") is None:
+            raise ConfigError(
+                "tracking.system_metrics=true: needs psutil, and nvidia-ml-py for NVIDIA's GPUs:"
+                " pip install 'okddip[system]'."
+            )
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # the store is told, nobody else
+        from mlflow.tracking import MlflowClient
+
+        # migrations and single failures; what matters is told here, once
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+        try:
+            if not self.uri:
+                raise ValueError("it is empty")
+            if self.uri.startswith("sqlite:"):
+                self._open_sqlite()
+            elif re.match("postgresql|mysql|mssql", self.uri):
+                with _turn(self.uri):
+                    self._client = MlflowClient(self.uri)
+                    self._ensure_experiment()
+            else:
+                self._client = MlflowClient(self.uri)
+                _within(OPEN_SECONDS, self._ensure_experiment)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise self._cannot_open(error) from error
+
+    def _open_sqlite(self) -> None:
+        from filelock import FileLock
+        from mlflow.tracking import MlflowClient
+        from sqlalchemy.engine import make_url
+
+        if make_url(self.uri).database in (None, "", ":memory:"):
+            raise ValueError("it would be gone with the run")
+        uri = absolute(self.uri)
+        file = Path(str(make_url(uri).database))
+        # MLflow creates a missing folder, and tries for minutes to open a file that cannot be opened.
+        with closing(sqlite3.connect(file, timeout=ANSWER_SECONDS)) as connection:
+            connection.execute("PRAGMA schema_version")
+        for place in (file, file.parent):  # SQLite's journal stands beside the file
+            if not os.access(place, os.W_OK):
+                raise PermissionError(f"{place} cannot be written")
+        # Processes that open a new store at once would create its tables in a race.
+        with FileLock(f"{file}.lock", timeout=LOCK_SECONDS):
+            self._client = MlflowClient(uri)
+            # where an `mlflow server` that is started beside the file keeps artifacts too
+            self._ensure_experiment((file.parent / "mlartifacts").as_uri())
+
+    def _ensure_experiment(self, artifacts: str | None = None) -> None:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(self.experiment)
+        if experiment is None:
+            try:
+                self._client.create_experiment(self.experiment, artifact_location=artifacts)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was quicker
+                    raise
+            experiment = self._client.get_experiment_by_name(self.experiment)
+        assert experiment is not None
+        if experiment.lifecycle_stage == "deleted":
+            raise ConfigError(
+                f"tracking.experiment={self.experiment}: this experiment was deleted in {self.uri}. "
+                f"Choose another name, or `mlflow experiments restore -x {experiment.experiment_id}`."
+            )
+        self._experiment_id = experiment.experiment_id
+
+    def _cannot_open(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"tracking.uri={self.uri}: this store cannot be opened ({_first_line(error)}). "
+            f"It must be {ALLOWED_URIS}. It comes from MLFLOW_TRACKING_URI where that is set; "
+            "tracking=none trains without MLflow."
+        )
+
+    def start(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        config_yaml: str,
+        command: str,
+        run_id: str | None = None,
+        store: str | None = None,
+        anew: bool = False,
+    ) -> str:
+        """Begin a run, or go on with the run `run_id`.
+
+        Args:
+            name: what the run is called in MLflow.
+            params: the configuration as plain data, nested or flat; a param is named like its override.
+            tags: beside those that say who runs which code where.
+            config_yaml: the resolved configuration, kept as `config.yaml`.
+            command: the command line, kept as the tag `command` and in `command.txt`.
+            run_id: a run of this store that goes on. MLflow lets no param change: one with another
+                value than before becomes a tag, `resumed.trainer.epochs`.
+            store: where that run was begun. If it was this store, and the run has been deleted for good, a
+                new one begins.
+            anew: begin a new run also if this store never had that one.
+
+        Returns:
+            The run's ID.
+
+        Raises:
+            ConfigError: the store does not answer any more, or has no run `run_id`.
+        """
+        flat = flatten(params)
+        tags = _tags({**source_tags(), **tags, "command": command})
+        reopened = None if run_id is None else self._reopen_run(run_id, store, anew)
+        if reopened is None:
+            self.run_id = self._create_run(name, tags)
+            self._log_params(flat)
+        else:
+            self.run_id = reopened.info.run_id
+            logged = reopened.data.params
+            self._log_params({key: value for key, value in flat.items() if key not in logged})
+            known = params_of(reopened)
+            changed = {key: value for key, value in flat.items() if known.get(key, value) != value}
+            self.set_tags({**tags, **{f"{RESUMED}{key}": value for key, value in changed.items()}})
+        for file, text in (("config.yaml", config_yaml), ("command.txt", command + "\n")):
+            self._uploads.append(Request(file, partial(self._client.log_text, self.run_id, text, file)))
+        self._flush_uploads(SEND_SECONDS)
+        return self.run_id
+
+    def _create_run(self, name: str, tags: dict[str, str]) -> str:
+        name = name[:MAX_KEY_LENGTH]  # what databases other than SQLite take
+        create = partial(self._client.create_run, self._experiment_id, run_name=name, tags=tags)
+        try:
+            return self._call(ANSWER_SECONDS, create).info.run_id
+        except Exception as error:
+            raise self._cannot_open(error) from error
+
+    def _reopen_run(self, run_id: str, store: str | None, anew: bool) -> "mlflow.entities.Run | None":
+        """The run that goes on; None if a new one takes its place.
+
+        That is where it is gone from the store in which it was begun, or belongs to another experiment; where
+        it was begun in another store, if a new one is wanted there.
+        """
+        from mlflow.exceptions import MlflowException
+
+        here = public(self.uri)
+        try:
+            run = self._call(ANSWER_SECONDS, partial(self._client.get_run, run_id))
+            if run.info.lifecycle_stage == "deleted":
+                reason = f"was deleted in {here}"
+            elif run.info.experiment_id != self._experiment_id:
+                reason = f"is not in tracking.experiment={self.experiment}"
+            else:
+                self._call(ANSWER_SECONDS, partial(self._client.update_run, run_id, status="RUNNING"))
+                return run
+        except Exception as error:
+            absent = isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST"
+            if not (absent and (anew or store == here)):
+                begun = f" It was begun in tracking.uri={store}." if store not in (None, here) else ""
+                raise ConfigError(
+                    f"MLflow run {run_id}: cannot go on in tracking.uri={self.uri}"
+                    f" ({_first_line(error)}).{begun} tracking=none goes on without MLflow, which can be told"
+                    " of all epochs later."
+                ) from error
+            reason = f"is gone from {here}" if store in (None, here) else f"is in {store}, not in {here}"
+        logger.warning("MLflow run %s %s: a new one is told of all epochs.", run_id, reason)
+        return None
+
+    def _log_params(self, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        items = [Param(key, value) for key, value in params.items()]
+        for batch in _batches(items, MAX_PARAMS):
+            self._send("params", partial(self._client.log_batch, self.run_id, params=batch))
+
+    def find(self, tags: Mapping[str, str], everywhere: bool = False) -> list["mlflow.entities.Run"]:
+        """The experiment's runs that have all these tags, newest first.
+
+        Args:
+            tags: of the runs.
+            everywhere: look in all experiments of the store.
+
+        Raises:
+            ConfigError: the store does not answer any more.
+        """
+        # MLflow's filters cannot say a value with both kinds of quotes; what they do not say is compared here
+        sayable = {key: value for key, value in tags.items() if not {"'", '"'} <= set(value)}
+        wanted = " and ".join(
+            f"tags.`{key}` = " + (f'"{value}"' if "'" in value else f"'{value}'")
+            for key, value in sayable.items()
+        )
+        experiments = [self._experiment_id]
+        if everywhere:
+            experiments = [each.experiment_id for each in self._all_of(self._client.search_experiments)]
+        search = partial(
+            self._client.search_runs, experiments, wanted, order_by=["attributes.start_time DESC"]
+        )
+        return [run for run in self._all_of(search) if tags.items() <= run.data.tags.items()]
+
+    def _all_of(self, search: Callable[..., Any]) -> list[Any]:
+        """What a search of the client finds, page after page."""
+        found: list[Any] = []
+        token: str | None = None
+        while True:
+            try:
+                page = self._call(ANSWER_SECONDS, partial(search, page_token=token))
+            except Exception as error:
+                raise self._cannot_open(error) from error
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+    def log(self, metrics: Mapping[str, float], epoch: int, timestamp_ms: int | None = None) -> None:
+        """Log one epoch's metrics.
+
+        `timestamp_ms` is in milliseconds since 1970, now if None. MLflow doubles a metric that is sent
+        again with another timestamp, and not one with the same.
+        """
+        from mlflow.entities import Metric
+
+        when = _now() if timestamp_ms is None else timestamp_ms
+        # MLflow's pages show metrics in the order of their arrival, and the compare page plots the first
+        items = [Metric(key, float(metrics[key]), when, epoch) for key in sorted(metrics, key=_importance)]
+        for batch in _batches(items, MAX_METRICS):
+            self._send(f"epoch {epoch}", partial(self._client.log_batch, self.run_id, metrics=batch))
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file to the run's artifacts, there into `folder`. The only call that may wait long."""
+        upload = partial(self._client.log_artifact, self.run_id, str(path), folder)
+        self._uploads.append(Request(path.name, upload))
+        self._flush_uploads(UPLOAD_SECONDS)
+
+    def log_datasets(self, splits: Mapping[str, DatasetSplit]) -> None:
+        """Name what the run works on in MLflow's own field, by what it is for: `train`, `val` or `test`."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        used = [
+            DatasetInput(
+                Dataset(
+                    name=split.name,
+                    digest=split.digest[:MAX_DIGEST_LENGTH],
+                    source_type="local",
+                    source=json.dumps({"uri": split.place}),
+                    profile=json.dumps({"num_rows": split.images}),
+                ),
+                [InputTag(CONTEXT, context)],
+            )
+            for context, split in splits.items()
+        ]
+        self._send("data sets", partial(self._client.log_inputs, self.run_id, datasets=used))
+
+    def watch_system(self) -> None:
+        """Log the load of CPU, memory, disk, network and GPUs until the run ends, if that is switched on.
+
+        MLflow's own thread does it, so that a store which does not answer holds nothing up.
+        """
+        if not self.system_metrics:
+            return
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        class Monitor(SystemMetricsMonitor):
+            def monitor(self) -> None:
+                while not self._shutdown_event.is_set():
+                    super().monitor()  # gives up for good where the store does not answer once
+                    self._shutdown_event.wait(RETRY_SECONDS)
+
+        def begin() -> "SystemMetricsMonitor":
+            monitor = Monitor(self.run_id, resume_logging=True, tracking_uri=absolute(self.uri))
+            monitor.start()
+            return monitor
+
+        try:
+            self._monitor = _within(ANSWER_SECONDS, begin)
+        except Exception as error:
+            logger.warning("There are no system metrics of this run: %s", _first_line(error))
+
+    def _unwatch_system(self) -> None:
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            with suppress(Exception):  # what the store does not take within this time is lost
+                _within(SEND_SECONDS, monitor.finish)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run, or replace them."""
+        from mlflow.entities import RunTag
+
+        items = [RunTag(key, value) for key, value in _tags(tags).items()]
+        for batch in _batches(items, MAX_TAGS):
+            self._send("tags", partial(self._client.log_batch, self.run_id, tags=batch))
+
+    def finish(self, status: str) -> None:
+        """End the run as `FINISHED`, `FAILED` or `KILLED`, after a last attempt to send what is unsent.
+
+        If it is killed, that takes seconds at most, and files are left to the run that goes on.
+        """
+        if not self.run_id:
+            return
+        self._unwatch_system()
+        end = Request("status", partial(self._client.set_terminated, self.run_id, status, end_time=_now()))
+        if status == "KILLED":
+            self._killed = True
+            self._uploads.clear()
+        else:
+            self._flush(FINISH_SECONDS, ANSWER_SECONDS)
+            if not self._away:
+                self._flush_uploads(UPLOAD_SECONDS)
+        away = self._away and not self._killed  # it was waited for just now
+        self._unsent.append(end)
+        if not away:  # whatever has become of the files
+            self._flush(*((KILL_SECONDS,) * 2 if self._killed else (FINISH_SECONDS, ANSWER_SECONDS)))
+        if lacking := [*self._unsent, *self._uploads]:
+            missing = ", ".join(dict.fromkeys(request.what for request in lacking))
+            logger.warning(
+                "MLflow at %s does not answer: its run %s lacks %s.", self.uri, self.run_id, missing
+            )
+            self._unsent.clear()
+            self._uploads.clear()
+
+    def _send(self, what: str, send: Callable[[], object]) -> None:
+        """Send a request after those that are unsent, unless the store was found away a moment ago."""
+        self._unsent.append(Request(what, send))
+        started = time.monotonic()
+        if started >= self._retry_at:
+            self._flush(SEND_SECONDS, SEND_SECONDS)
+            if not self._unsent and time.monotonic() - started < SEND_SECONDS / 2:
+                self._flush_uploads(SEND_SECONDS)
+
+    def _flush_uploads(self, seconds: float) -> None:
+        """Send files, unless the store, or where it keeps files, was found away a moment ago.
+
+        Each gets so many seconds; after FINISH_SECONDS no other is begun.
+        """
+        end = time.monotonic() + FINISH_SECONDS
+        while self._uploads and max(self._upload_at, self._retry_at) <= time.monotonic() < end:
+            request = self._uploads[0]
+            try:
+                # a store that does not answer gets no time for an upload
+                self._call(min(seconds, ANSWER_SECONDS), partial(self._client.get_run, self.run_id))
+                self._call(seconds, request.send)
+            except Exception as error:
+                if _may_pass(error):
+                    if not (self._uploads_failed or self._away):
+                        logger.warning(
+                            "MLflow at %s does not take %s (%s). Training goes on; what it lacks is kept, and"
+                            " sent at the end.",
+                            *(self.uri, request.what, _first_line(error)),
+                        )
+                    self._uploads_failed, self._upload_at = True, time.monotonic() + RETRY_SECONDS
+                    return
+                logger.warning("MLflow at %s refuses %s: %s", self.uri, request.what, _first_line(error))
+            self._uploads.popleft()
+
+    def _flush(self, patience: float, answer: float) -> None:
+        """Send what is unsent, in order; what the store does not answer stays.
+
+        After `patience` seconds no request is begun, `answer` seconds are waited for one.
+        """
+        end = time.monotonic() + patience
+        while self._unsent and time.monotonic() < end:
+            request = self._unsent[0]
+            try:
+                self._call(answer, request.send)
+            except Exception as error:
+                if _may_pass(error):
+                    if not self._away:
+                        logger.warning(
+                            "MLflow at %s does not answer (%s). Training goes on; what it lacks is kept, and "
+                            "sent when it answers again.",
+                            self.uri,
+                            _first_line(error),
+                        )
+                    self._away, self._retry_at = True, time.monotonic() + RETRY_SECONDS
+                    return
+                logger.warning("MLflow at %s refuses %s: %s", self.uri, request.what, _first_line(error))
+            if self._away:
+                logger.info("MLflow at %s answers again.", self.uri)
+            self._away = False
+            self._unsent.popleft()
+
+    def _call(self, seconds: float, call: Callable[[], Any]) -> Any:
+        # A file that others of a sweep are writing to is no store that is away; unless there is no time.
+        patient = self.uri.startswith("sqlite:") and not self._killed
+        # Always in a thread: a signal that ends the run then breaks off the wait, and no transaction.
+        return _within(LOCK_SECONDS if patient else seconds, call)
+
+
+class NoTracking:
+    """The interface of `MLflow`; keeps nothing."""
+
+    checkpoints = False
+    run_id = ""
+
+    def open(self) -> None:
+        """There is nothing to open."""
+
+    def start(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        config_yaml: str,
+        command: str,
+        run_id: str | None = None,
+        store: str | None = None,
+        anew: bool = False,
+    ) -> str:
+        """Return an empty run ID."""
+        return self.run_id
+
+    def find(self, tags: Mapping[str, str], everywhere: bool = False) -> list["mlflow.entities.Run"]:
+        """There are no runs to find."""
+        return []
+
+    def log(self, metrics: Mapping[str, float], epoch: int, timestamp_ms: int | None = None) -> None:
+        """Keep nothing."""
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Keep nothing."""
+
+    def log_datasets(self, splits: Mapping[str, DatasetSplit]) -> None:
+        """Keep nothing."""
+
+    def watch_system(self) -> None:
+        """There is nobody to tell."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Keep nothing."""
+
+    def finish(self, status: str) -> None:
+        """There is nothing to end."""
+
+
+def params_of(run: "mlflow.entities.Run") -> dict[str, str]:
+    """The flattened configuration of a run, as of the last time that it was resumed."""
+    resumed = {
+        key.removeprefix(RESUMED): value for key, value in run.data.tags.items() if key.startswith(RESUMED)
+    }
+    return {**run.data.params, **resumed}
+
+
+def digests_of(run: "mlflow.entities.Run") -> dict[str, str]:
+    """Of the images that a run of the store works on, split by split; empty if it did not get so far."""
+    return {
+        tag.value: used.dataset.digest
+        for used in (run.inputs.dataset_inputs if run.inputs else [])
+        for tag in used.tags
+        if tag.key == CONTEXT
+    }
+
+
+def open_store(uri: str) -> "mlflow.MlflowClient":
+    """A client of a store that exists and answers.
+
+    Raises:
+        ConfigError: names the address; within 10 s.
+    """
+    if uri.startswith("sqlite:"):
+        from sqlalchemy.engine import make_url
+
+        file = Path(make_url(uri).database or "").absolute()
+        if not file.is_file():
+            raise ConfigError(
+                f"tracking.uri={uri}: there is no such store, {file} is no file. Start in the directory in"
+                " which the runs were started, or name their store."
+            )
+        uri = absolute(uri)
+    # each store has the experiment "Default"; to open the one that is searched would create it
+    store = MLflow(uri, "Default")
+    store.open()
+    return store._client
+
+
+class Unbroken:
+    """A client of a store, within `unstopped`: a signal breaks off the wait for a call, and no transaction.
+
+    A transaction that is broken off keeps SQLite's lock, so that the run's end cannot be written down.
+    """
+
+    def __init__(self, client: "mlflow.MlflowClient") -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return partial(self._call, getattr(self._client, name))
+
+    def _call(self, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        answer: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(method(*given, **named))
+            except Exception as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        while not wait([answer], timeout=0.1).done:
+            give_way()
+        give_way()
+        return answer.result()
+
+
+def absolute(uri: str) -> str:
+    """A store's URI with a SQLite file's path made absolute.
+
+    MLflow keeps an open store for each URI, and would find the one of a former working directory.
+    """
+    if not uri.startswith("sqlite:"):
+        return uri
+    from sqlalchemy.engine import make_url
+
+    url = make_url(uri)
+    return url.set(database=str(Path(str(url.database)).absolute())).render_as_string()
+
+
+def public(uri: str) -> str:
+    """A store's URI, wherever one is, without what only its user should know."""
+    return re.sub("//[^/@]*@", "//", absolute(uri))
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, str]:
+    """A nested configuration as MLflow params: named like overrides, values written like overrides.
+
+    >>> flatten({"method": {"peers": 4, "teacher": None}, "milestones": [0.5, 0.75]})
+    {'method.peers': '4', 'method.teacher': 'null', 'milestones': '[0.5,0.75]'}
+    """
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update({_key(f"{key}.{inner}"): text for inner, text in flatten(value).items()})
+        else:
+            text = _override(value)
+            flat[_key(key)] = text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 3] + "..."
+    return flat
+
+
+def _override(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_override(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_override, value)) + "]"
+    if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
+        return str(int(value))  # `3` and `3.0` are one setting
+    return str(value)
+
+
+def source_tags() -> dict[str, str]:
+    """Who runs which code where; in MLflow's own tags, where it has one."""
+    tags = {
+        "mlflow.source.name": Path(sys.argv[0]).name,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
+        "host": socket.gethostname(),
+        "version": okddip.__version__,
+    }
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():  # installed: what can change is the user's own code
+        checkout = Path.cwd()
+    if commit := git_commit(checkout):
+        tags["mlflow.source.git.commit"] = commit
+        if changed := git_changes(checkout):
+            more = f" and {len(changed) - MOST_FILES} more" if len(changed) > MOST_FILES else ""
+            tags["mlflow.source.git.dirty"] = "true"
+            tags["uncommitted"] = ", ".join(changed[:MOST_FILES]) + more
+    return tags
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit checked out in `folder`; None where there is none, or no git."""
+    return _git(folder, "rev-parse", "--verify", "--quiet", "HEAD").strip() or None
+
+
+def git_changes(folder: Path) -> list[str]:
+    """The tracked files of a checkout that are not as they were committed."""
+    return _git(folder, "diff", "--name-only", "HEAD").splitlines()
+
+
+def _git(folder: Path, *command: str) -> str:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=5
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return str(os.getuid())
+
+
+def _tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {_key(key): str(value)[:MAX_TAG_LENGTH] for key, value in tags.items()}
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^\w\-./: ]", "_", str(name))[:MAX_KEY_LENGTH]
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _importance(metric: str) -> tuple[int, int, bool]:
+    """What a reader asks for first: results before training, the primary predictor before the others."""
+    split, _, rest = metric.partition("/")
+    known = ("final", "best", "test", "val", "train")
+    return known.index(split) if split in known else len(known), rest.count("/"), rest != "top1"
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000  # milliseconds
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later: no answer, a server in trouble, a locked database."""
+    from mlflow.exceptions import MlflowException
+    from requests import HTTPError, RequestException
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    elif isinstance(error, HTTPError) and error.response is not None:
+        status = error.response.status_code
+    else:
+        return isinstance(error, RequestException | TimeoutError)
+    return status >= 500 or status == 429
+
+
+@contextmanager
+def _turn(uri: str) -> Iterator[None]:
+    """Reach a database; in PostgreSQL, let one process at a time create MLflow's tables and experiment.
+
+    Those that do it at once fail: PostgreSQL refuses what another has created a moment ago.
+    """
+    from sqlalchemy import NullPool, create_engine, func, select
+
+    with _within(OPEN_SECONDS, create_engine(uri, poolclass=NullPool).connect) as connection:
+        if connection.dialect.name == "postgresql":
+            # held until the connection is closed; any number will do that nobody else takes
+            lock = select(func.pg_advisory_xact_lock(int.from_bytes(b"okddip")))
+            _within(LOCK_SECONDS, partial(connection.execute, lock))
+        yield
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Call in a thread that is left behind when the time is up: a name look-up knows no timeout."""
+    outcome: list[Any] = []
+    failure: list[Exception] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    with _http_settings(seconds):
+        thread.start()
+        thread.join(seconds)
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return outcome[0]
+
+
+@contextmanager
+def _http_settings(seconds: float) -> Iterator[None]:
+    """MLflow's requests within: one attempt (it makes eight, for minutes), and nothing printed."""
+    settings = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(seconds)),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
