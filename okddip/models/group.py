@@ -2,24 +2,14 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from okddip.errors import ConfigError, check_choice, check_number
 from okddip.models.backbone import Backbone
-
-STRUCTURES = ("branch", "network")
-
-
-class GroupOutput(NamedTuple):
-    """What a method sees of the peers."""
-
-    logits: Tensor  # [P, B, K]
-    features: Tensor  # [P, B, D]
-    trunk: Tensor | None  # [B, c, h, w]; None where nothing is shared
-    teacher: Tensor | None = None  # [B, K], of a trained network that does not learn, where there is one
+from okddip.outputs import STRUCTURES, GroupOutput
 
 
 class PeerGroup(nn.Module):

@@ -10,7 +10,8 @@ import torch
 from okddip.errors import Incompatible
 from okddip.methods.base import Method
 from okddip.models.backbone import Backbone
-from okddip.models.group import GroupOutput, PeerGroup
+from okddip.models.group import PeerGroup
+from okddip.outputs import GroupOutput
 
 BATCH = 2  # the least that batch norm takes in training
 

@@ -12,7 +12,7 @@ from okddip.methods.base import Method
 from okddip.methods.losses import log_softened, mean_of_others, ramp_weight, soft_loss
 from okddip.methods.okddip import OKDDip
 from okddip.methods.one import ONE
-from okddip.models.group import GroupOutput
+from okddip.outputs import GroupOutput
 from okddip.training import metrics
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "methods.npz")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from okddip.methods.base import Losses, Method
-from okddip.models.group import GroupOutput
+from okddip.outputs import GroupOutput
 from okddip.training import metrics
 
 

@@ -20,7 +20,8 @@ from torchvision import transforms
 from okddip.data.dataset import Dataset
 from okddip.methods.base import Method
 from okddip.methods.okddip import OKDDip
-from okddip.models.group import GroupOutput, PeerGroup, rescale_gradient
+from okddip.models.group import PeerGroup, rescale_gradient
+from okddip.outputs import GroupOutput
 
 # total loss, its parts, logits [B, K] of each predictor
 Result = tuple[Tensor, list[Tensor], list[Tensor]]
