@@ -217,7 +217,7 @@ def build(config: DictConfig) -> Parts:
     from okddip.training import checkpoint
     from okddip.training.rehearsal import check_memory, rehearse
 
-    trainer = make("trainer", config.trainer)
+    trainer = make("trainer", config.trainer, choose_gpu=sweep.gpu_in_turn)
     schedule = make("scheduler", config.scheduler, epochs=trainer.epochs)
     check_options(config.dataset)
     make_optimizer = make("optimizer", config.optimizer)

@@ -47,13 +47,11 @@ def gradients(overrides: list[str]) -> list[tuple[float, dict[str, Tensor]]]:
         lambda *_: taken.append({name: parameter.grad.clone() for name, parameter in named.items()})
     )
     share = Share(distributed.rank(), distributed.ranks())
-    images = trainer.train_images(parts.dataset, share)
-    step = distributed.synchronise(trainer.forward_step(group, method, images, diversity=False))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step = trainer.train_step(group, method, parts.optimizer, parts.dataset)
     loader = parts.dataset.train_loader(trainer.batch_size, trainer.device, 0, share=share)
     losses = []
     for images, labels in loader.batches(0):
-        sums = trainer.train_step(step, parts.optimizer, scaler, images, labels, torch.tensor(0.5))
+        sums = step(images, labels, torch.tensor(0.5))
         distributed.sum_over_ranks(sums)
         losses.append((sums["loss"] / sums["images"]).item())
     return list(zip(losses, taken, strict=True))

@@ -5,142 +5,150 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from okddip import distributed
 from okddip.data.dataset import Dataset
-from okddip.data.loader import Batches, Share, seed_of
+from okddip.data.loader import Batches, EvalLoader, Share, TrainLoader, seed_of
+from okddip.data.streaming import StreamingLoader
 from okddip.errors import ConfigError, check_choice, check_number
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.signals import heed, unstopped
-from okddip.sweeps import sweep
-from okddip.tracking.tracker import MLflow, NoTracking
 from okddip.training import checkpoint, metrics
+from okddip.training.devices import find_device
+from okddip.training.history import History, Results
 from okddip.training.schedules import Schedule
+from okddip.training.step import EvalStep, ForwardStep, TrainStep, parts_of
 
 log = logging.getLogger(__name__)
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
+SMALLEST = {  # of whole numbers
+    "epochs": 1,
+    "batch_size": 2,  # batch norm needs two images
+    "eval_batch_size": 1,
+    "eval_every": 1,
+    "accumulate": 1,
+}
+LARGEST = 10**7
+CHOICES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("channels_last", "compile", "fused", "tf32", "cudnn_benchmark"), (True, False)),
+    **dict.fromkeys(("sync_batch_norm", "rerun"), (True, False)),
+    "precision": ("auto", *PRECISIONS),
+    "compile_mode": COMPILE_MODES,
+}
+
 # A loss that is not finite stops the run, but not by a wait for the device: what is looked at was sent by the
 # device so many steps before.
 STEPS_BETWEEN_CHECKS = 50
 
 
+class Tracker(Protocol):
+    """Where the results of each epoch go."""
+
+    def log(self, metrics: Mapping[str, float], epoch: int, timestamp_ms: int) -> None:
+        """Take the results of an epoch (counted from 0), finished at that time (milliseconds since 1970)."""
+
+
+@dataclass(kw_only=True, eq=False)
 class Trainer:
     """Trains a group of peers on one device, or each of several ranks on its own.
 
-    Its settings are those of conf/trainer.
+    Its settings are those of conf/trainer. `resume` and `rerun` are read by others, before training begins.
+
+    Attributes:
+        device: as it is named in the configuration; then the device that was found.
+        choose_gpu: see `find_device`.
+
+    Raises:
+        ConfigError: a value is out of range, or the device is not there.
     """
 
-    def __init__(
-        self,
-        *,
-        epochs: int,
-        batch_size: int,
-        eval_batch_size: int,
-        eval_every: int,
-        limit_batches: int | None,
-        device: str,
-        precision: str,
-        channels_last: bool,
-        compile: bool,
-        compile_mode: str,
-        fused: bool,
-        tf32: bool,
-        cudnn_benchmark: bool,
-        gradient_clip: float | None,
-        accumulate: int,
-        sync_batch_norm: bool,
-        resume: str | None,
-        rerun: bool,
-    ) -> None:
-        """Check the settings and find the device.
+    epochs: int
+    batch_size: int
+    eval_batch_size: int
+    eval_every: int
+    limit_batches: int | None
+    device: torch.device
+    precision: str
+    channels_last: bool
+    compile: bool
+    compile_mode: str
+    fused: bool
+    tf32: bool
+    cudnn_benchmark: bool
+    gradient_clip: float | None
+    accumulate: int
+    sync_batch_norm: bool
+    resume: str | None
+    rerun: bool
+    choose_gpu: Callable[[int], int | None] = lambda gpus: None
 
-        (`resume` is the affair of `okddip.run.resume`, `rerun` of `okddip.sweeps.sweep`.)
-
-        Raises:
-            ConfigError: a value is out of range, or the device is not there.
-        """
-        for key, number in {
-            "epochs": epochs,
-            "eval_batch_size": eval_batch_size,
-            "eval_every": eval_every,
-            "limit_batches": 1 if limit_batches is None else limit_batches,
-        }.items():
-            check_number(f"trainer.{key}", number, minimum=1, maximum=10**7, integer=True)
-        # batch norm needs two images
-        check_number("trainer.batch_size", batch_size, minimum=2, maximum=10**7, integer=True)
-        check_number("trainer.accumulate", accumulate, minimum=1, maximum=10**7, integer=True)
-        parts = distributed.ranks() * accumulate
-        if batch_size % parts or batch_size // parts < 2:
-            raise ConfigError(
-                f"trainer.batch_size={batch_size}: must be divisible by ranks x trainer.accumulate ="
-                f" {distributed.ranks()} x {accumulate}, and leave at least 2 images for each part. It counts"
-                " the images of an update, over all ranks."
-            )
-        for key, switch in {
-            "channels_last": channels_last,
-            "compile": compile,
-            "fused": fused,
-            "tf32": tf32,
-            "cudnn_benchmark": cudnn_benchmark,
-            "sync_batch_norm": sync_batch_norm,
-            "rerun": rerun,
-        }.items():
-            check_choice(f"trainer.{key}", switch, (True, False))
-        if gradient_clip is not None:
-            check_number("trainer.gradient_clip", gradient_clip, above=0)
-        if resume is not None and not (isinstance(resume, str) and resume):
-            raise ConfigError(f"trainer.resume={resume}: must be null, auto, a path or runs:/ID.")
-        check_choice("trainer.precision", precision, ("auto", *PRECISIONS))
-        check_choice("trainer.compile_mode", compile_mode, COMPILE_MODES)
-        if accumulate > 1 and sync_batch_norm:
-            raise ConfigError(
-                "trainer.accumulate, trainer.sync_batch_norm: do not go together; ranks would take a short"
-                " batch in different numbers of parts, and wait for each other."
-            )
-        if accumulate > 1 and compile and compile_mode in ("reduce-overhead", "max-autotune"):
-            raise ConfigError(
-                f"trainer.accumulate={accumulate}: does not go with trainer.compile_mode={compile_mode},"
-                " whose CUDA graphs write over the gradients of the part before. Use compile_mode=default."
-            )
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.eval_every = eval_every
-        self.limit_batches = limit_batches
-        self.device = find_device(device)
+    def __post_init__(self) -> None:
+        for key, smallest in SMALLEST.items():
+            value = getattr(self, key)
+            check_number(f"trainer.{key}", value, minimum=smallest, maximum=LARGEST, integer=True)
+        for key, choices in CHOICES.items():
+            check_choice(f"trainer.{key}", getattr(self, key), choices)
+        if self.limit_batches is not None:
+            key = "trainer.limit_batches"
+            check_number(key, self.limit_batches, minimum=1, maximum=LARGEST, integer=True)
+        if self.gradient_clip is not None:
+            check_number("trainer.gradient_clip", self.gradient_clip, above=0)
+        if self.resume is not None and not (isinstance(self.resume, str) and self.resume):
+            raise ConfigError(f"trainer.resume={self.resume}: must be null, auto, a path or runs:/ID.")
+        self.check_parts()
+        self.device = find_device(str(self.device), self.choose_gpu)
         on_cuda = self.device.type == "cuda"
-        if sync_batch_norm and not on_cuda:
+        if self.sync_batch_norm and not on_cuda:
             raise ConfigError(
                 "trainer.sync_batch_norm=true: PyTorch synchronises batch norm on CUDA only. On the CPU each"
                 " rank normalises its own share of a batch."
             )
-        if precision == "fp16" and not fused:
+        if self.precision == "fp16" and not self.fused:
             log.warning(
                 "trainer.precision=fp16, trainer.fused=false: the host waits for the device in each step, to"
                 " learn whether gradients have overflowed. With trainer.fused=true it does not."
             )
-        self.precision = ("bf16" if on_cuda else "fp32") if precision == "auto" else precision
-        self.channels_last = channels_last
-        self.compile = compile
-        self.compile_mode = compile_mode
-        self.tf32 = tf32
-        self.cudnn_benchmark = cudnn_benchmark
-        self.gradient_clip = gradient_clip
-        self.accumulate = accumulate
-        self.sync_batch_norm = sync_batch_norm
+        if self.precision == "auto":
+            self.precision = "bf16" if on_cuda else "fp32"
+
+    def check_parts(self) -> None:
+        """See that ranks and `accumulate` can share a batch.
+
+        Raises:
+            ConfigError: names the settings that do not go together.
+        """
+        parts = distributed.ranks() * self.accumulate
+        if self.batch_size % parts or self.batch_size // parts < 2:
+            raise ConfigError(
+                f"trainer.batch_size={self.batch_size}: must be divisible by ranks x trainer.accumulate ="
+                f" {distributed.ranks()} x {self.accumulate}, and leave at least 2 images for each part. It"
+                " counts the images of an update, over all ranks."
+            )
+        if self.accumulate > 1 and self.sync_batch_norm:
+            raise ConfigError(
+                "trainer.accumulate, trainer.sync_batch_norm: do not go together; ranks would take a short"
+                " batch in different numbers of parts, and wait for each other."
+            )
+        if self.accumulate > 1 and self.compile and self.compile_mode in ("reduce-overhead", "max-autotune"):
+            raise ConfigError(
+                f"trainer.accumulate={self.accumulate}: does not go with trainer.compile_mode="
+                f"{self.compile_mode}, whose CUDA graphs write over the gradients of the part before. Use"
+                " compile_mode=default."
+            )
 
     def fit(
         self,
@@ -150,13 +158,13 @@ class Trainer:
         optimizer: Optimizer,
         schedule: Schedule,
         dataset: Dataset,
-        tracker: MLflow | NoTracking,
+        tracker: Tracker,
         folder: Path,
         seed: int,
         description: dict[str, Any],
         state: dict[str, Any] | None = None,
-        reported: Mapping[int, tuple[int, dict[str, float]]] | None = None,
-    ) -> dict[str, dict[str, float]]:
+        reported: Mapping[int, tuple[int, Results]] | None = None,
+    ) -> dict[str, Results]:
         """Train for all epochs, or all that are left.
 
         Args:
@@ -164,120 +172,104 @@ class Trainer:
             optimizer: over the parameters of both.
             schedule: factor of the learning rate by epoch.
             dataset: what to train and evaluate on.
-            tracker: gets the metrics of each epoch.
+            tracker: gets the results of each epoch.
             folder: gets checkpoints and `metrics.jsonl`, from rank 0.
             seed: of permutations, augmentation and dropout.
             description: goes into each checkpoint.
             state: the checkpoint of the run's last finished epoch, to go on from.
-            reported: time (milliseconds since 1970) and metrics of epochs that were told of already. One
-                that is trained again, its checkpoint being damaged, is not told of in other words.
+            reported: see `History`.
 
         Returns:
-            The metrics of the `last` epoch and of the `best`, chosen by the validation set if there is one,
+            The results of the `last` epoch and of the `best`, chosen by the validation set if there is one,
             else by the test set.
 
         Raises:
             ConfigError: a loss is not finite, or a file cannot be written.
         """
         self.set_backend_flags()
-        rank = distributed.rank()
-        share = Share(rank, distributed.ranks())
-        train_step = distributed.synchronise(
-            self.forward_step(group, method, self.train_images(dataset, share), diversity=False)
-        )
-        eval_step = self.forward_step(group, method, self.eval_images(dataset, share), diversity=True)
-        loader = dataset.train_loader(self.batch_size, self.device, seed, self.channels_last, share)
-        eval_loaders = {
-            split: dataset.eval_loader(split, self.eval_batch_size, self.device, self.channels_last, share)
-            for split in dataset.sizes
-            if split != "train"
+        train_step = self.train_step(group, method, optimizer, dataset)
+        eval_step = self.eval_step(group, method, dataset)
+        place = (self.device, self.channels_last, own_share())
+        train_loader = dataset.train_loader(self.batch_size, place[0], seed, *place[1:])
+        splits = [split for split in dataset.sizes if split != "train"]
+        loaders = {split: dataset.eval_loader(split, self.eval_batch_size, *place) for split in splits}
+        judge = "val" if "val" in splits else "test"
+        history = History(judge, state, reported)
+        parts: dict[str, Any] = {
+            "group": group,
+            "method": method,
+            "optimizer": optimizer,
+            "scaler": train_step.scaler,
         }
-        judge = "val" if "val" in eval_loaders else "test"
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        base_rates = [parameters["lr"] for parameters in optimizer.param_groups]
+        rates = [parameters["lr"] for parameters in optimizer.param_groups]
         ramp = torch.ones((), device=self.device)
-        history: dict[str, dict[str, float]] = {}
         first_epoch = 0
-        reported = reported or {}
         if state is not None:
-            checkpoint.restore(state, group=group, method=method, optimizer=optimizer, scaler=scaler)
-            history = state["history"]
+            checkpoint.restore(state, **parts)
             first_epoch = state["epoch"] + 1
-        started = time.time()
-
+        started = time.monotonic()
         for epoch in range(first_epoch, self.epochs):
-            for parameters, rate in zip(optimizer.param_groups, base_rates, strict=True):
+            for parameters, rate in zip(optimizer.param_groups, rates, strict=True):
                 parameters["lr"] = rate * schedule(epoch)
             ramp.fill_(method.ramp(epoch))
-            torch.manual_seed(seed_of(seed, epoch, rank, 1))  # dropout draws from the default generator
-
-            results = {
-                "train/lr": optimizer.param_groups[0]["lr"],
-                "train/ramp": method.ramp(epoch),
-            }
-            start = time.perf_counter()
-            title = f"epoch {epoch + 1}/{self.epochs}"
-            with self.within_memory(), self.progress(loader.batches(epoch), len(loader), title) as batches:
-                sums = self.train_epoch(group, method, train_step, optimizer, scaler, batches, ramp, epoch)
-            distributed.average_buffers(group, method)
-            read = metrics.read(sums, method)  # waits for the device
-            results["train/images_per_second"] = int(sums["images"]) / (time.perf_counter() - start)
-            results |= {f"train/{name}": value for name, value in read.items()}
-
+            torch.manual_seed(seed_of(seed, epoch, distributed.rank(), 1))  # for dropout
+            results = {"train/lr": optimizer.param_groups[0]["lr"], "train/ramp": method.ramp(epoch)}
+            results |= self.train_epoch(group, method, train_step, train_loader, ramp, epoch)
             is_last = epoch + 1 == self.epochs
-            is_best = False
-            is_evaluated = is_last or (epoch + 1) % self.eval_every == 0
-            for split, eval_loader in eval_loaders.items() if is_evaluated else ():
-                every = eval_loader.batches(epoch)
-                with self.within_memory(), self.progress(every, len(eval_loader), split) as batches:
-                    sums = self.evaluate(group, method, eval_step, batches, ramp)
-                refuse_broken_losses(sums, epoch)
-                read = metrics.read(sums, method)
-                results |= {f"{split}/{name}": value for name, value in read.items()}
-            if not is_evaluated:  # its last step may have ruined the weights, and no loss has told of it
-                every = eval_loaders[judge].batches(epoch)
-                with self.within_memory(), self.progress(every, 1, judge) as batches:
-                    sums = self.evaluate(group, method, eval_step, batches, ramp)
-                refuse_broken_losses(sums, epoch)
+            if is_last or (epoch + 1) % self.eval_every == 0:
+                for split, loader in loaders.items():
+                    results |= self.evaluate_epoch(group, method, eval_step, loader, ramp, epoch, split)
+            else:  # its last step may have ruined the weights, and no loss has told of it
+                self.evaluate_epoch(group, method, eval_step, loaders[judge], ramp, epoch, judge, most=1)
             distributed.pass_on_warnings()
-            timestamp_ms, results = reported.get(epoch, (time.time_ns() // 1_000_000, results))
-            score = f"{judge}/top1"
-            if score in results:
-                is_best = "best" not in history or results[score] > history["best"][score]
-                if is_best:
-                    history["best"] = {"epoch": epoch, **results}
-                history["last"] = {"epoch": epoch, **results}
-            self.log_epoch(epoch, results, history, judge)
-            if rank == 0:
-                state = {
-                    **description,
-                    "epoch": epoch,
-                    "timestamp_ms": timestamp_ms,
-                    "metrics": results,
-                    "history": history,
-                    "group": group.state_dict(),
-                    "method": method.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                }
-                keep(state, folder, tracker, new=epoch not in reported, best=is_best)
+
+            timestamp_ms, results, is_best = history.add(epoch, results)
+            log.info(history.line(epoch, self.epochs, results))
+            if distributed.rank() == 0:
+                result = {"epoch": epoch, "timestamp_ms": timestamp_ms, "metrics": results}
+                trained = {name: part.state_dict() for name, part in parts.items()}
+                state = {**description, **result, "history": history.kept, **trained}
+                keep(state, folder, tracker, new=epoch not in history.reported, best=is_best)
             if epoch == first_epoch and not is_last:
                 log_expected_end(started, self.epochs - 1 - epoch)
-        return history
+        return history.kept
 
-    def train_images(self, dataset: Dataset, share: Share) -> int:
+    def train_step(
+        self,
+        group: PeerGroup,
+        method: Method,
+        optimizer: Optimizer,
+        dataset: Dataset,
+        *,
+        average: bool = True,
+    ) -> TrainStep:
+        """The update of all parameters by a batch.
+
+        Args:
+            average: whether several ranks average their gradients; else each learns for itself.
+        """
+        forward = self.forward_step(group, method, self.train_images(dataset), diversity=False)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        return TrainStep(
+            distributed.synchronise(forward) if average else forward,
+            optimizer,
+            scaler,
+            accumulate=self.accumulate,
+            gradient_clip=self.gradient_clip,
+        )
+
+    def eval_step(self, group: PeerGroup, method: Method, dataset: Dataset) -> ForwardStep:
+        """The forward pass, the losses and the metrics of an evaluation's batch."""
+        evaluated = max(size for split, size in dataset.sizes.items() if split != "train")
+        images = own_share().size(min(self.eval_batch_size, evaluated))
+        return self.forward_step(group, method, images, diversity=True)
+
+    def train_images(self, dataset: Dataset) -> int:
         """How many images go through the network at once in training, those of short batches aside."""
-        images = share.size(min(self.batch_size, dataset.sizes["train"]))
+        images = own_share().size(min(self.batch_size, dataset.sizes["train"]))
         return -(-images // parts_of(images, self.accumulate))
 
-    def eval_images(self, dataset: Dataset, share: Share) -> int:
-        """The same of an evaluation."""
-        evaluated = max(size for split, size in dataset.sizes.items() if split != "train")
-        return share.size(min(self.eval_batch_size, evaluated))
-
-    def forward_step(
-        self, group: PeerGroup, method: Method, images: int, *, diversity: bool
-    ) -> "ForwardStep":
+    def forward_step(self, group: PeerGroup, method: Method, images: int, *, diversity: bool) -> ForwardStep:
         """The forward pass, the losses and the metrics of one batch, which has so many images if full."""
         return ForwardStep(
             group,
@@ -293,25 +285,46 @@ class Trainer:
         self,
         group: PeerGroup,
         method: Method,
-        step: nn.Module,
-        optimizer: Optimizer,
-        scaler: torch.amp.GradScaler,
+        step: TrainStep,
+        loader: TrainLoader | StreamingLoader,
+        ramp: Tensor,
+        epoch: int,
+    ) -> Results:
+        """One pass over the training batches: its metrics, and how many images a second it took.
+
+        Raises:
+            ConfigError: a loss is not finite.
+        """
+        start = time.perf_counter()
+        title = f"epoch {epoch + 1}/{self.epochs}"
+        with self.within_memory(), self.progress(loader.batches(epoch), len(loader), title) as batches:
+            sums = self.train(group, method, step, batches, ramp, epoch)
+        distributed.average_buffers(group, method)
+        read = metrics.read(sums, method)  # waits for the device
+        speed = int(sums["images"]) / (time.perf_counter() - start)
+        results = {"images_per_second": speed, **read}
+        return {f"train/{name}": value for name, value in results.items()}
+
+    def train(
+        self,
+        group: PeerGroup,
+        method: Method,
+        step: TrainStep,
         batches: Iterable[tuple[Tensor, Tensor]],
         ramp: Tensor,
         epoch: int,
     ) -> metrics.Sums:
-        """One pass over the training batches.
+        """An update for each batch; results are read back from the device every `STEPS_BETWEEN_CHECKS`.
 
-        Raises:
-            ConfigError: a loss is not finite.
+        Returns:
+            Sums over the batches, the shares of all ranks together.
         """
         group.train()
         method.train()
         sums = broken = None
         for number, (images, labels) in enumerate(batches, 1):
             heed()
-            batch_sums = self.train_step(step, optimizer, scaler, images, labels, ramp)
-            sums = metrics.accumulate(sums, batch_sums)
+            sums = metrics.accumulate(sums, step(images, labels, ramp))
             if number % STEPS_BETWEEN_CHECKS == 0:
                 if broken is not None:
                     refuse_broken_losses({**sums, "broken": broken()}, epoch)
@@ -324,74 +337,37 @@ class Trainer:
         refuse_broken_losses(sums, epoch)
         return sums
 
-    def train_step(
+    def evaluate_epoch(
         self,
-        step: nn.Module,
-        optimizer: Optimizer,
-        scaler: torch.amp.GradScaler,
-        images: Tensor,
-        labels: Tensor,
+        group: PeerGroup,
+        method: Method,
+        step: EvalStep,
+        loader: EvalLoader | StreamingLoader,
         ramp: Tensor,
-    ) -> metrics.Sums:
-        """One update of all parameters; reads nothing back from the device.
+        epoch: int,
+        split: str,
+        most: int | None = None,
+    ) -> Results:
+        """The metrics of a split after an epoch.
 
         Args:
-            step: a `ForwardStep`, synchronised over ranks.
-            optimizer, scaler: of the parameters, of the loss.
-            images: this rank's share of a batch [B, C, H, W].
-            labels: [B].
-            ramp: 0-dim.
+            most: batches; None for all.
 
-        Returns:
-            Sums over the share.
+        Raises:
+            ConfigError: a loss is not finite.
         """
-        parts = parts_of(len(labels), self.accumulate)
-        if parts == 1 and not distributed.is_synchronised(step):
-            loss, sums = step(images, labels, ramp)
-            scaler.scale(loss).backward()
-        else:
-            sums = self.backward_in_parts(step, scaler, images, labels, ramp, parts)
-        if self.gradient_clip is not None:
-            scaler.unscale_(optimizer)
-            parameters = [p for parameters in optimizer.param_groups for p in parameters["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return sums
-
-    def backward_in_parts(
-        self,
-        step: nn.Module,
-        scaler: torch.amp.GradScaler,
-        images: Tensor,
-        labels: Tensor,
-        ramp: Tensor,
-        parts: int,
-    ) -> metrics.Sums:
-        """The gradient of a batch of which each rank has a share, and takes it in so many parts.
-
-        Each part's mean loss is weighted by its images, so that the gradient is that of the whole batch.
-        """
-        weight: Tensor | float = 1 / max(len(labels), 1)
-        if distributed.is_synchronised(step):
-            weight = weight * distributed.weight_of_share(len(labels), self.device)
-        chunks = list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
-        sums = None
-        for number, (some_images, some_labels) in enumerate(chunks, 1):
-            with distributed.unsynchronised(step) if number < parts else nullcontext():
-                loss, chunk_sums = step(some_images, some_labels, ramp)
-                scaler.scale(loss * (weight * len(some_labels))).backward()
-            sums = metrics.accumulate(sums, chunk_sums)
-        assert sums is not None
-        return sums
+        length = min(len(loader), most or len(loader))
+        with self.within_memory(), self.progress(loader.batches(epoch), length, split) as batches:
+            sums = self.evaluate(group, method, step, batches, ramp)
+        refuse_broken_losses(sums, epoch)
+        return {f"{split}/{name}": value for name, value in metrics.read(sums, method).items()}
 
     @torch.no_grad()
     def evaluate(
         self,
         group: PeerGroup,
         method: Method,
-        step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, metrics.Sums]],
+        step: EvalStep,
         batches: Iterable[tuple[Tensor, Tensor]],
         ramp: Tensor,
     ) -> metrics.Sums:
@@ -446,117 +422,10 @@ class Trainer:
         with closing(batches):  # whatever a traceback holds: workers that decode would outlive it
             yield tqdm(islice(batches, length), desc=name, total=length, leave=False, disable=hidden)
 
-    def log_epoch(
-        self, epoch: int, results: dict[str, float], history: dict[str, dict[str, float]], judge: str
-    ) -> None:
-        fields = [
-            f"epoch {epoch + 1}/{self.epochs}",
-            f"loss {results['train/loss']:.4f}",
-            f"train {results['train/top1']:.2f} %",
-        ]
-        if f"{judge}/top1" in results:
-            best = history["best"]
-            fields.append(
-                f"{judge} {results[f'{judge}/top1']:.2f} %"
-                f" (best {best[f'{judge}/top1']:.2f} % in epoch {best['epoch'] + 1:.0f})"
-            )
-        fields += [f"lr {results['train/lr']:.4g}", f"{results['train/images_per_second']:.0f} images/s"]
-        log.info("  ".join(fields))
 
-
-class ForwardStep(nn.Module):
-    """The forward pass, the losses and the metrics of one batch, compiled if the settings say so.
-
-    Args:
-        group, method: whose parameters are learned.
-        images: of a full batch. Another, such as the last one of an epoch, runs uncompiled rather than being
-            compiled for its size.
-        device, dtype: of autocast; no dtype for none.
-        auxiliary: see `metrics.count`.
-        compile_mode: None for not compiled.
-    """
-
-    def __init__(
-        self,
-        group: PeerGroup,
-        method: Method,
-        *,
-        images: int,
-        device: str,
-        dtype: torch.dtype | None,
-        auxiliary: int | None,
-        compile_mode: str | None,
-    ) -> None:
-        super().__init__()
-        self.group = group
-        self.method = method
-        self.device = device
-        self.dtype = dtype
-        self.auxiliary = auxiliary
-        self.compiled = compile_mode and torch.compile(self.step, mode=compile_mode, dynamic=False)
-        self.images = images
-
-    def forward(self, images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
-        """Map images [B, C, H, W], labels [B] and ramp 0-dim to the loss, 0-dim, and sums over the batch."""
-        step = self.compiled if self.compiled and 0 < len(images) == self.images else self.step
-        return step(images, labels, ramp)
-
-    def step(self, images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
-        # without images SyncBatchNorm sends zeros of its input's type, where the other ranks send fp32
-        autocast = self.dtype is not None and len(images) > 0
-        with torch.autocast(self.device, dtype=self.dtype, enabled=autocast):
-            output = self.group(images)
-        losses = self.method(output, labels, ramp)
-        return losses.total, metrics.count(losses, labels, self.auxiliary)
-
-
-def parts_of(images: int, accumulate: int) -> int:
-    """In how many parts images are taken: of two at least, as batch norm cannot normalise a single value."""
-    return max(1, min(accumulate, images // 2))
-
-
-def find_device(name: str) -> torch.device:
-    """The device a setting names; `auto` is CUDA if there is one, else the CPU.
-
-    `auto` and `cuda` are different GPUs for ranks, and for the jobs of a sweep that run side by side.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    several = distributed.ranks() > 1
-    if name == "auto":
-        if torch.cuda.is_available():
-            return find_device("cuda")
-        log.info("No CUDA device: training on the CPU.")
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"trainer.device={name}: must be auto, cpu, cuda or cuda:N.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"trainer.device={name}: must be auto, cpu, cuda or cuda:N.")
-    if several and device.type == "cuda":
-        if device.index is not None:
-            raise ConfigError(f"trainer.device={name}: each rank takes a device of its own; give cuda.")
-        device = torch.device("cuda", distributed.local_rank())
-        if distributed.local_rank() >= torch.cuda.device_count():
-            raise ConfigError(
-                f"trainer.device={name}: rank {distributed.rank()} finds no device of its own, PyTorch sees"
-                f" {torch.cuda.device_count()}. Start as many processes as there are devices"
-                " (torchrun --nproc-per-node), or use trainer.device=cpu."
-            )
-        torch.cuda.set_device(device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"trainer.device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here."
-            " Use trainer.device=cpu or trainer.device=auto."
-        )
-    if device.type == "cuda" and device.index is None:
-        index = sweep.gpu_in_turn(torch.cuda.device_count())
-        if index is not None:
-            device = torch.device("cuda", index)
-            torch.cuda.set_device(device)  # for what names no device, like page-locked memory
-    return device
+def own_share() -> Share:
+    """What this rank takes of each batch."""
+    return Share(distributed.rank(), distributed.ranks())
 
 
 def refuse_broken_losses(sums: metrics.Sums, epoch: int) -> None:
@@ -573,7 +442,7 @@ def refuse_broken_losses(sums: metrics.Sums, epoch: int) -> None:
         )
 
 
-def keep(state: dict[str, Any], folder: Path, tracker: MLflow | NoTracking, *, new: bool, best: bool) -> None:
+def keep(state: dict[str, Any], folder: Path, tracker: Tracker, *, new: bool, best: bool) -> None:
     """Write down and log what an epoch has come to.
 
     In this order a run cut off anywhere here is resumed with no metric missing or doubled: the checkpoint has
@@ -597,8 +466,11 @@ def keep(state: dict[str, Any], folder: Path, tracker: MLflow | NoTracking, *, n
 
 
 def log_expected_end(started: float, epochs: int) -> None:
-    """Say when the run will end, going by its first epoch here, when `epochs` are left."""
-    seconds = (time.time() - started) * epochs
+    """Say when the run will end, going by its first epoch here, when `epochs` are left.
+
+    `started` is of the monotonic clock, in seconds.
+    """
+    seconds = (time.monotonic() - started) * epochs
     end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
     log.info(
         "expected end %s, in %s",

@@ -27,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from okddip.errors import ConfigError
 from okddip.main import CONFIG_HOME
-from okddip.sweeps.sweep import datasets
+from okddip.sweeps.sweep import datasets, gpu_in_turn
 from okddip.training import checkpoint
-from okddip.training.trainer import Trainer, find_device
+from okddip.training.devices import find_device
+from okddip.training.trainer import Trainer
 
 Okddip = Callable[..., Answer]
 REPOSITORY = Path(__file__).parents[2]
@@ -888,10 +889,10 @@ def test_jobs_side_by_side_take_the_visible_gpus_in_turn(
     devices = []
     for job in range(5):
         configured("hydra/launcher=joblib", f"hydra.job.num={job}")
-        devices += [find_device("auto"), find_device("cuda")]
+        devices += [find_device("auto", gpu_in_turn), find_device("cuda", gpu_in_turn)]
     assert devices == current == [torch.device("cuda", gpu) for gpu in taken for _ in range(2)]
-    assert find_device("cuda:0") == torch.device("cuda:0")
-    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("cuda:0", gpu_in_turn) == torch.device("cuda:0")
+    assert find_device("cpu", gpu_in_turn) == torch.device("cpu")
     assert len(current) == 10
 
 
@@ -903,7 +904,7 @@ def test_a_run_that_has_no_other_beside_it_takes_the_current_gpu(
 ) -> None:
     current = pretend_gpus(monkeypatch, 3)
     configured(*overrides)
-    assert find_device("auto") == find_device("cuda") == torch.device("cuda")
+    assert find_device("auto", gpu_in_turn) == find_device("cuda", gpu_in_turn) == torch.device("cuda")
     assert current == []
 
 
@@ -913,9 +914,9 @@ def test_without_a_gpu_jobs_side_by_side_train_on_the_cpu(
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     pretend_gpus(monkeypatch, 0)
     configured("hydra/launcher=joblib", "hydra.job.num=1")
-    assert find_device("auto") == torch.device("cpu")
+    assert find_device("auto", gpu_in_turn) == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"trainer\.device=cuda: PyTorch sees 0 CUDA devices"):
-        find_device("cuda")
+        find_device("cuda", gpu_in_turn)
 
 
 DEVICES = """
@@ -924,7 +925,8 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 from okddip.run.resume import identity
-from okddip.training.trainer import find_device
+from okddip.sweeps.sweep import gpu_in_turn
+from okddip.training.devices import find_device
 
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 3
@@ -932,7 +934,7 @@ torch.cuda.set_device = lambda device: None
 
 
 def note(config, build):
-    facts = f"{find_device(config.trainer.device)} {identity(config)} {os.getpid()}"
+    facts = f"{find_device(config.trainer.device, gpu_in_turn)} {identity(config)} {os.getpid()}"
     Path(HydraConfig.get().runtime.output_dir, "facts").write_text(facts)
     return 0.0
 """

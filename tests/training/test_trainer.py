@@ -71,11 +71,18 @@ def test_settings_that_do_not_go_together_are_refused(
     ],
 )
 def test_a_full_batch_is_known_before_the_first(
-    parts: BuildParts, size: int, accumulate: int, share: Share, expected: int
+    parts: BuildParts,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    accumulate: int,
+    share: Share,
+    expected: int,
 ) -> None:
     built = parts("trainer.batch_size=128", f"trainer.accumulate={accumulate}")
     built.dataset.sizes["train"] = size
-    assert built.trainer.train_images(built.dataset, share) == expected
+    monkeypatch.setenv("RANK", str(share.rank))
+    monkeypatch.setenv("WORLD_SIZE", str(share.ranks))
+    assert built.trainer.train_images(built.dataset) == expected
 
 
 def test_only_full_batches_are_compiled(parts: BuildParts) -> None:

@@ -20,11 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from okddip import distributed
-from okddip.data.loader import Share
 from okddip.models.group import PeerGroup
 from okddip.tasks.train import Parts
 from okddip.training import metrics
-from okddip.training.trainer import PRECISIONS, Trainer
+from okddip.training.trainer import PRECISIONS, Trainer, own_share
 
 aten = torch.ops.aten
 VALUES = (Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__)
@@ -46,16 +45,11 @@ class Bench:
         device, channels_last = self.trainer.device, self.trainer.channels_last
         self.trainer.set_backend_flags()
         self.network = network(self.trainer, self.group)
-        share = Share(distributed.rank(), distributed.ranks())
-        self.train_forward: nn.Module = self.trainer.forward_step(
-            self.group, self.method, self.trainer.train_images(parts.dataset, share), diversity=False
+        share = own_share()
+        self.train_one = self.trainer.train_step(
+            self.group, self.method, self.optimizer, parts.dataset, average=synchronised
         )
-        if synchronised:
-            self.train_forward = distributed.synchronise(self.train_forward)
-        self.eval_forward = self.trainer.forward_step(
-            self.group, self.method, self.trainer.eval_images(parts.dataset, share), diversity=True
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.trainer.precision == "fp16")
+        self.eval_forward = self.trainer.eval_step(self.group, self.method, parts.dataset)
         self.ramp = torch.ones((), device=device)
         loader = parts.dataset.train_loader(self.trainer.batch_size, device, 0, channels_last, share)
         self.train_batches = endless(loader.batches)
@@ -80,10 +74,7 @@ class Bench:
 
     def update(self, images: Tensor, labels: Tensor) -> None:
         """What a training step does with a batch."""
-        sums = self.trainer.train_step(
-            self.train_forward, self.optimizer, self.scaler, images, labels, self.ramp
-        )
-        self.sums = metrics.accumulate(self.sums, sums)
+        self.sums = metrics.accumulate(self.sums, self.train_one(images, labels, self.ramp))
 
     def evaluate(self) -> dict[str, float]:
         """A whole evaluation: all batches of the test split, and the reading of its metrics."""
