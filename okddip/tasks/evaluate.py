@@ -22,6 +22,7 @@ from okddip.methods.base import Method
 from okddip.sweeps import teacher
 from okddip.tasks.train import Parts, concluded
 from okddip.training import checkpoint, metrics
+from okddip.training.epoch import evaluate_on
 from okddip.training.trainer import PRECISIONS
 
 log = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Tensor]:
     loader = parts.dataset.eval_loader("test", trainer.eval_batch_size, trainer.device, trainer.channels_last)
     ramp = torch.tensor(method.ramp(epoch), device=trainer.device)
     with trainer.progress(loader.batches(), len(loader), "test") as batches:
-        sums = trainer.evaluate(group, method, step, batches, ramp)
+        sums = evaluate_on(group, method, step, batches, ramp)
     entropies = sums.pop("cross_entropy") / sums["images"]  # [Q]
     errors = 100 * sums.pop("gaps").abs().sum(1) / sums["images"]  # [Q]
     confusion = sums.pop("confusion").cpu()

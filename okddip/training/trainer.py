@@ -23,9 +23,10 @@ from okddip.data.streaming import StreamingLoader
 from okddip.errors import ConfigError, check_choice, check_number
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
-from okddip.signals import heed, unstopped
+from okddip.signals import unstopped
 from okddip.training import checkpoint, metrics
 from okddip.training.devices import find_device
+from okddip.training.epoch import evaluate_on, refuse_broken_losses, train_on
 from okddip.training.history import History, Results
 from okddip.training.schedules import Schedule
 from okddip.training.step import EvalStep, ForwardStep, TrainStep, parts_of
@@ -49,10 +50,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": ("auto", *PRECISIONS),
     "compile_mode": COMPILE_MODES,
 }
-
-# A loss that is not finite stops the run, but not by a wait for the device: what is looked at was sent by the
-# device so many steps before.
-STEPS_BETWEEN_CHECKS = 50
 
 
 class Tracker(Protocol):
@@ -298,44 +295,12 @@ class Trainer:
         start = time.perf_counter()
         title = f"epoch {epoch + 1}/{self.epochs}"
         with self.within_memory(), self.progress(loader.batches(epoch), len(loader), title) as batches:
-            sums = self.train(group, method, step, batches, ramp, epoch)
+            sums = train_on(group, method, step, batches, ramp, epoch)
         distributed.average_buffers(group, method)
         read = metrics.read(sums, method)  # waits for the device
         speed = int(sums["images"]) / (time.perf_counter() - start)
         results = {"images_per_second": speed, **read}
         return {f"train/{name}": value for name, value in results.items()}
-
-    def train(
-        self,
-        group: PeerGroup,
-        method: Method,
-        step: TrainStep,
-        batches: Iterable[tuple[Tensor, Tensor]],
-        ramp: Tensor,
-        epoch: int,
-    ) -> metrics.Sums:
-        """An update for each batch; results are read back from the device every `STEPS_BETWEEN_CHECKS`.
-
-        Returns:
-            Sums over the batches, the shares of all ranks together.
-        """
-        group.train()
-        method.train()
-        sums = broken = None
-        for number, (images, labels) in enumerate(batches, 1):
-            heed()
-            sums = metrics.accumulate(sums, step(images, labels, ramp))
-            if number % STEPS_BETWEEN_CHECKS == 0:
-                if broken is not None:
-                    refuse_broken_losses({**sums, "broken": broken()}, epoch)
-                broken = metrics.sent_to_host(sums["broken"])
-        if sums is None:
-            raise ConfigError(
-                "The training set gives no batch: it needs at least two images that can be read."
-            )
-        distributed.sum_over_ranks(sums)
-        refuse_broken_losses(sums, epoch)
-        return sums
 
     def evaluate_epoch(
         self,
@@ -358,35 +323,9 @@ class Trainer:
         """
         length = min(len(loader), most or len(loader))
         with self.within_memory(), self.progress(loader.batches(epoch), length, split) as batches:
-            sums = self.evaluate(group, method, step, batches, ramp)
+            sums = evaluate_on(group, method, step, batches, ramp)
         refuse_broken_losses(sums, epoch)
         return {f"{split}/{name}": value for name, value in metrics.read(sums, method).items()}
-
-    @torch.no_grad()
-    def evaluate(
-        self,
-        group: PeerGroup,
-        method: Method,
-        step: EvalStep,
-        batches: Iterable[tuple[Tensor, Tensor]],
-        ramp: Tensor,
-    ) -> metrics.Sums:
-        """One pass over the batches of a split; no batch's results are read back from the device.
-
-        Returns:
-            Sums over the split, the shares of all ranks together.
-        """
-        group.eval()
-        method.eval()
-        sums = None
-        for images, labels in batches:
-            heed()
-            _, batch_sums = step(images, labels, ramp)
-            sums = metrics.accumulate(sums, batch_sums)
-        if sums is None:
-            raise ConfigError("A split has no image that can be read, so there is nothing to evaluate on.")
-        distributed.sum_over_ranks(sums)
-        return sums
 
     @contextmanager
     def within_memory(self) -> Iterator[None]:
@@ -426,20 +365,6 @@ class Trainer:
 def own_share() -> Share:
     """What this rank takes of each batch."""
     return Share(distributed.rank(), distributed.ranks())
-
-
-def refuse_broken_losses(sums: metrics.Sums, epoch: int) -> None:
-    """Stop a run whose losses are not finite; waits for the device.
-
-    Raises:
-        ConfigError: names the losses and the epoch.
-    """
-    if broken := metrics.broken_losses(sums):
-        raise ConfigError(
-            f"Epoch {epoch + 1}: {', '.join(broken)} is not finite. A lower optimizer.lr,"
-            " scheduler.warmup_epochs or trainer.gradient_clip may help. The last checkpoint, if there is"
-            " one, is of an epoch before."
-        )
 
 
 def keep(state: dict[str, Any], folder: Path, tracker: Tracker, *, new: bool, best: bool) -> None:

@@ -17,6 +17,7 @@ from okddip.tasks.benchmark.measure import Bench, Operators, Spread, count
 from okddip.tasks.benchmark.plain_loop import PilLoader, Reference
 from okddip.tasks.benchmark.task import Shape, shape_of, with_synthetic_images
 from okddip.tasks.train import Parts
+from okddip.training.epoch import evaluate_on
 
 Okddip = Callable[..., Answer]
 BuildParts = Callable[..., Parts]
@@ -111,9 +112,7 @@ def test_the_reference_evaluates_to_the_same_numbers(parts: BuildParts) -> None:
     for module in (built.group, reference.group):
         module.eval()
     bench.eval_loader.images = bench.eval_loader.images[:32]
-    ours = bench.trainer.evaluate(
-        built.group, built.method, bench.eval_forward, [bench.eval_batch], bench.ramp
-    )
+    ours = evaluate_on(built.group, built.method, bench.eval_forward, [bench.eval_batch], bench.ramp)
     theirs = reference.evaluate(*bench.eval_batch, bench.ramp)
     assert theirs["loss0"] == pytest.approx(ours["loss"].item() / 32, rel=1e-4)
     assert theirs["diversity"] == pytest.approx(ours["diversity"].item() / 32, rel=1e-3)

@@ -23,6 +23,7 @@ from okddip import distributed
 from okddip.models.group import PeerGroup
 from okddip.tasks.train import Parts
 from okddip.training import metrics
+from okddip.training.epoch import evaluate_on
 from okddip.training.trainer import PRECISIONS, Trainer, own_share
 
 aten = torch.ops.aten
@@ -82,7 +83,7 @@ class Bench:
 
     def evaluate_batches(self, batches: Iterator[tuple[Tensor, Tensor]]) -> metrics.Sums:
         """All of an evaluation that a batch takes part in."""
-        return self.trainer.evaluate(self.group, self.method, self.eval_forward, batches, self.ramp)
+        return evaluate_on(self.group, self.method, self.eval_forward, batches, self.ramp)
 
 
 def network(trainer: Trainer, group: PeerGroup) -> Callable[[Tensor], Tensor]:
