@@ -136,7 +136,7 @@ def train(
                 "best/epoch": best["epoch"],
             }
             if distributed.rank() == 0:
-                *_, (_, timestamp_ms, _) = resume.finished_epochs(run.folder / "metrics.jsonl")
+                timestamp_ms = resume.time_of_summary(run.folder / "metrics.jsonl")
                 parts.tracker.log(summary, 0, timestamp_ms)  # MLflow draws bars of what is at step 0 alone
             if parts.tracker.checkpoints:
                 for path in (run.folder / name for name in ("last.pt", "best.pt", "metrics.jsonl")):

@@ -195,13 +195,15 @@ class Trainer:
         base_rates = [parameters["lr"] for parameters in optimizer.param_groups]
         ramp = torch.ones((), device=self.device)
         history: dict[str, dict[str, float]] = {}
-        first_epoch = 0
+        first_epoch = latest = 0
         reported = reported or {}
         if state is not None:
             checkpoint.restore(state, group=group, method=method, optimizer=optimizer, scaler=scaler)
             history = state["history"]
             first_epoch = state["epoch"] + 1
-        started = time.time()
+            latest = state["timestamp_ms"]
+        latest = max([latest, *(timestamp_ms for timestamp_ms, _ in reported.values())])
+        started = time.monotonic()
 
         for epoch in range(first_epoch, self.epochs):
             for parameters, rate in zip(optimizer.param_groups, base_rates, strict=True):
@@ -238,7 +240,10 @@ class Trainer:
                     sums = self.evaluate(group, method, eval_step, batches, ramp)
                 refuse_broken_losses(sums, epoch)
             distributed.pass_on_warnings()
-            timestamp_ms, results = reported.get(epoch, (time.time_ns() // 1_000_000, results))
+            # the clock may be behind that of the epochs before: another machine's, or set back
+            now = max(time.time_ns() // 1_000_000, latest + 1)
+            timestamp_ms, results = reported.get(epoch, (now, results))
+            latest = max(latest, timestamp_ms)
             score = f"{judge}/top1"
             if score in results:
                 is_best = "best" not in history or results[score] > history["best"][score]
@@ -595,8 +600,11 @@ def keep(state: dict[str, Any], folder: Path, tracker: MLflow | NoTracking, *, n
 
 
 def log_expected_end(started: float, epochs: int) -> None:
-    """Say when the run will end, going by its first epoch here, when `epochs` are left."""
-    seconds = (time.time() - started) * epochs
+    """Say when the run will end, going by its first epoch here, when `epochs` are left.
+
+    `started` is of the monotonic clock, in seconds.
+    """
+    seconds = (time.monotonic() - started) * epochs
     end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
     log.info(
         "expected end %s, in %s",
