@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from okddip import checkpoint, metrics, teacher
+from okddip.data.weaknesses import weaknesses
 from okddip.errors import ConfigError
 from okddip.methods.base import Method
 from okddip.tasks import Parts, concluded
@@ -62,6 +63,10 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
     settings = evaluation_settings(config, chosen, state)
     parts = build(settings)
     check_images(settings, state, parts)
+    # another data set's training images are not what the network has learned from
+    learned = state.get("digests", {}).get("train")
+    for weakness in weaknesses(parts.dataset, overlap=learned == parts.dataset.digest("train")):
+        log.warning(weakness)
     # normalised as the network learned to see images, whatever this data set's own statistics are
     parts.dataset.mean, parts.dataset.std = tuple(state["mean"]), tuple(state["std"])
     checkpoint.restore(state, group=parts.group, method=parts.method)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 import okddip
 from okddip import distributed, resume, sweep, tracking
 from okddip.data.dataset import Dataset
+from okddip.data.weaknesses import weaknesses
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.schedules import Schedule
@@ -74,6 +75,8 @@ def train(
             resume.note(run, data=resume.fingerprint(digests), identity=identity)
         settings = cast(dict[str, Any], OmegaConf.to_container(config))
         describe(config, parts, run)
+        for weakness in weaknesses(parts.dataset) if distributed.rank() == 0 else ():
+            log.warning(weakness)
         with concluded(parts.tracker):
             resume.find_tracked(run, parts.tracker, config.trainer.resume)
             tracking_id = parts.tracker.start(
