@@ -546,7 +546,7 @@ def test_a_sweep_on_a_store_that_cannot_be_opened_runs_no_job(okddip: Okddip, tm
     answer = okddip("-m", *SMALL, "seed=0,1", "tracking.uri=sqlite:///missing/mlflow.db")
     assert answer.code == 1
     assert "tracking.uri=sqlite:///missing/mlflow.db: this store cannot be opened" in answer.err
-    assert not list(tmp_path.glob("multirun/*/*"))
+    assert not list(tmp_path.glob("multirun/*/[!.]*"))
 
 
 def start(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
