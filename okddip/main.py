@@ -375,8 +375,8 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
     Images of another size are warned about: the network has learned from others, and may be asked of them.
 
     Raises:
-        ConfigError: it was trained on other classes or channels or with another normalisation, or cannot take
-            images so small.
+        ConfigError: it was trained on other classes or channels or with another normalisation, cannot take
+            images so small, or cannot be restored.
     """
     for what, theirs, ours in (
         ("classes", state["classes"], list(dataset.classes)),
@@ -405,7 +405,10 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
             *(config.method.teacher, *state["image_size"]),
             *(config.options.dataset, *dataset.image_size),
         )
-    group, method = restore(state)
+    try:
+        group, method = restore(state)
+    except ConfigError as error:
+        raise ConfigError(f"method.teacher={config.method.teacher}: {error}") from error
     teacher = group.extract(method.kept)
     if min(dataset.image_size) < teacher.minimum_size:
         raise Incompatible(

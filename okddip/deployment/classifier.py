@@ -1,6 +1,7 @@
 """An exported network in Python: from its folder to predictions."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from okddip.data.augment import Normalization, normalization, normalize
 from okddip.data.folder import convert, read_image, scale_and_crop
 from okddip.deployment.predictors import Ensemble
 from okddip.errors import ConfigError
+from okddip.training.finite import not_finite
 from okddip.models.group import PeerGroup
 
 BATCH = 256  # images at a time in `predict`
@@ -51,6 +53,8 @@ class Preprocessing:
             raise ValueError(f"image sizes and channels must be positive whole numbers, not {sizes}")
         if not len(self.mean) == len(self.std) == self.channels:
             raise ValueError(f"mean {self.mean} and std {self.std} must have {self.channels} numbers each")
+        if not all(math.isfinite(number) for number in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean} must be finite, and std {self.std} above 0")
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> "Preprocessing":
@@ -176,6 +180,8 @@ def load(folder: str | Path) -> Classifier:
         weights = load_file(folder / "model.safetensors")
         network = build_network(description)
         network.load_state_dict(weights)
+        if broken := not_finite(network):
+            raise ConfigError(f"{folder}: its weights are not finite ({broken}); export another checkpoint.")
         preprocessing = Preprocessing.from_plain(description["preprocessing"])
         return Classifier(network, description["classes"], preprocessing)
     except OSError as error:

@@ -534,6 +534,17 @@ def finished_epochs(path: Path) -> list[tuple[int, int, dict[str, float]]]:
     return finished
 
 
+def time_of_summary(path: Path) -> int:
+    """When a run that is finished came to its result, in milliseconds since 1970, by its `metrics.jsonl`.
+
+    That is when its last epoch ended; in a file of an older version, whose times follow the clock back,
+    later than all others. Of two results MLflow shows the later, so that of a longer run must be later; and
+    as the time is the same whenever it is asked for, a result that is told of again is not doubled.
+    """
+    *before, last = (timestamp_ms for _, timestamp_ms, _ in finished_epochs(path))
+    return max([last, *(timestamp_ms + 1 for timestamp_ms in before)])
+
+
 def write_metrics(run: Run, finished: list[tuple[int, int, dict[str, float]]]) -> None:
     """Replace a run's `metrics.jsonl`."""
     lines = [

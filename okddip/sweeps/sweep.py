@@ -115,6 +115,7 @@ class BeginSweep(Callback):
         global _begun
         try:
             _begun = begin(config)
+            hold(_begun)
             if config.hydra.sweeper._target_ != GRID:  # which first looks what the jobs are
                 open_parent(_begun, config)
         except ConfigError as error:
@@ -216,7 +217,6 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
     sweep.forced = bool(config.trainer.rerun)
     if sweep.forced:  # one that came to its end is forced anew, one that was cut off goes on
         same = [parent for parent in same if parent.info.status in ("RUNNING", "KILLED")]
-    hold(sweep)
     own = "each method's own"
     with unstopped():  # a run that has begun must be known, to be ended
         sweep.tracker = tracker
@@ -246,12 +246,33 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
 
 
 def hold(sweep: Sweep) -> None:
-    """Show others that a sweep goes on, until its process ends, however it ends."""
+    """Hold the folder of a sweep, and show others that it goes on, until its process ends, however it ends.
+
+    Raises:
+        ConfigError: another sweep goes on in this folder; its jobs' folders may have the same names.
+    """
     sweep.folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(sweep.folder / f"sweep-{os.environ[START][:8]}.lock")
     with suppress(OSError, NotImplementedError):  # a file system without locks
-        held.acquire(timeout=0)
+        with FileLock(sweep.folder / ".sweep.lock", timeout=PATIENCE):  # one sweep at a time looks, and holds
+            if any(goes_on(lock) for lock in sweep.folder.glob("sweep-*.lock")):
+                raise ConfigError(
+                    f"hydra.sweep.dir={sweep.folder}: another sweep goes on in this folder, and each would"
+                    " write over what the other's jobs leave. Name another folder, or leave hydra.sweep.dir"
+                    " out: jobs that both have are trained once in any case. Or wait for the other's end."
+                    " (If there is none, remove sweep-*.lock there.)"
+                )
+            held.acquire(timeout=0)
         sweep.held = held
+
+
+def goes_on(lock: Path) -> bool:
+    """Whether the process of a sweep lives that holds this file."""
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def let_go(sweep: Sweep) -> None:
@@ -468,9 +489,10 @@ def cut_off(config: DictConfig, parent: str) -> str | None:
 
 def write(outcome: Outcome, folder: Path) -> None:
     """Write down what became of a job, in one step."""
-    file = folder / "outcome.new"
-    file.write_text(json.dumps(asdict(outcome), indent=1) + "\n", encoding="utf-8")
-    file.replace(folder / "outcome.json")
+    # jobs on a cluster outlive their sweep, and the next one's may have the same folders
+    file = folder / f"outcome-{outcome.start[:8]}.json"
+    file.with_suffix(".new").write_text(json.dumps(asdict(outcome), indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".new").replace(file)
 
 
 @contextmanager
@@ -627,7 +649,7 @@ def conclude(sweep: Sweep, outcomes: Sequence[Outcome], good: bool, error: BaseE
 def outcomes_in(folder: Path, start: str) -> list[Outcome]:
     """What became of the jobs that a sweep started in its folder, in their order."""
     outcomes = []
-    for path in folder.rglob("outcome.json"):
+    for path in folder.rglob("outcome-*.json"):
         try:
             outcome = Outcome(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:

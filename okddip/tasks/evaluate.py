@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from okddip.data.weaknesses import weaknesses
 from okddip.deployment.predictors import chosen_keys, default_network, open_checkpoint
 from okddip.errors import ConfigError
 from okddip.methods.base import Method
@@ -50,7 +51,8 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
         Top-1 of the primary predictor, in percent.
 
     Raises:
-        ConfigError: there is no such checkpoint, or the images are not of its classes and channels.
+        ConfigError: there is no such checkpoint, the images are not of its classes and channels, or what it
+            holds or answers is not finite.
     """
     settled = ("method", "methods", "model", "optimizer", "scheduler", "experiment", "ablation", "seed")
     chosen = chosen_keys("evaluate", settled)
@@ -63,6 +65,10 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
     settings = evaluation_settings(config, chosen, state)
     parts = build(settings)
     check_images(settings, state, parts)
+    # another data set's training images are not what the network has learned from
+    learned = state.get("digests", {}).get("train")
+    for weakness in weaknesses(parts.dataset, overlap=learned == parts.dataset.digest("train")):
+        log.warning(weakness)
     # normalised as the network learned to see images, whatever this data set's own statistics are
     parts.dataset.mean, parts.dataset.std = tuple(state["mean"]), tuple(state["std"])
     checkpoint.restore(state, group=parts.group, method=parts.method)
@@ -207,6 +213,9 @@ def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Tensor]:
     Returns:
         The metrics of an evaluation in training and, for each predictor, `cross_entropy` and `ece`, the
         expected calibration error in percent; and the confusion matrices [Q, K, K], row the true class.
+
+    Raises:
+        ConfigError: a loss is not finite, or the answers of a predictor.
     """
     trainer, group, method = parts.trainer, parts.group, parts.method
     dtype = PRECISIONS[trainer.precision]
@@ -230,6 +239,14 @@ def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Tensor]:
     entropies = sums.pop("cross_entropy") / sums["images"]  # [Q]
     errors = 100 * sums.pop("gaps").abs().sum(1) / sums["images"]  # [Q]
     confusion = sums.pop("confusion").cpu()
+    broken = metrics.broken_losses(sums)
+    broken += [name for name, value in zip(method.predictors, entropies, strict=True) if not value.isfinite()]
+    if broken:
+        raise ConfigError(
+            f"checkpoint, epoch {epoch + 1}: on these images {', '.join(broken)} is not finite, so that no"
+            " accuracy means anything. trainer.precision=fp32 may help; else name another checkpoint, such as"
+            " previous.pt or best.pt beside it."
+        )
     results = metrics.read(sums, method)
     for name, values in (("cross_entropy", entropies), ("ece", errors)):
         by_predictor = zip(method.predictors, values.tolist(), strict=True)

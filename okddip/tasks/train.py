@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 import okddip
 from okddip import distributed
 from okddip.data.dataset import Dataset
+from okddip.data.weaknesses import weaknesses
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.run import resume
@@ -77,6 +78,8 @@ def train(
             resume.note(run, data=resume.fingerprint(digests), identity=identity)
         settings = cast(dict[str, Any], OmegaConf.to_container(config))
         describe(config, parts, run)
+        for weakness in weaknesses(parts.dataset) if distributed.rank() == 0 else ():
+            log.warning(weakness)
         with concluded(parts.tracker):
             resume.find_tracked(run, parts.tracker, config.trainer.resume)
             tracking_id = parts.tracker.start(
@@ -139,7 +142,7 @@ def train(
                 "best/epoch": best["epoch"],
             }
             if distributed.rank() == 0:
-                *_, (_, timestamp_ms, _) = resume.finished_epochs(run.folder / "metrics.jsonl")
+                timestamp_ms = resume.time_of_summary(run.folder / "metrics.jsonl")
                 parts.tracker.log(summary, 0, timestamp_ms)  # MLflow draws bars of what is at step 0 alone
             if parts.tracker.checkpoints:
                 for path in (run.folder / name for name in ("last.pt", "best.pt", "metrics.jsonl")):

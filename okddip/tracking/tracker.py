@@ -103,6 +103,7 @@ class MLflow:
         self._upload_at = 0.0
         self._uploads_failed = False
         self._killed = False
+        self._latest = 0  # of the run's times, in milliseconds since 1970
         self._monitor: SystemMetricsMonitor | None = None
 
     def open(self) -> None:
@@ -225,10 +226,12 @@ class MLflow:
         tags = _tags({**source_tags(), **tags, "command": command})
         reopened = None if run_id is None else self._reopen_run(run_id, store, anew)
         if reopened is None:
-            self.run_id = self._create_run(name, tags)
+            created = self._create_run(name, tags)
+            self.run_id, self._latest = created.info.run_id, created.info.start_time
             self._log_params(flat)
         else:
             self.run_id = reopened.info.run_id
+            self._latest = max(reopened.info.start_time, reopened.info.end_time or 0)
             logged = reopened.data.params
             self._log_params({key: value for key, value in flat.items() if key not in logged})
             known = params_of(reopened)
@@ -239,11 +242,11 @@ class MLflow:
         self._flush_uploads(SEND_SECONDS)
         return self.run_id
 
-    def _create_run(self, name: str, tags: dict[str, str]) -> str:
+    def _create_run(self, name: str, tags: dict[str, str]) -> "mlflow.entities.Run":
         name = name[:MAX_KEY_LENGTH]  # what databases other than SQLite take
         create = partial(self._client.create_run, self._experiment_id, run_name=name, tags=tags)
         try:
-            return self._call(ANSWER_SECONDS, create).info.run_id
+            return self._call(ANSWER_SECONDS, create)
         except Exception as error:
             raise self._cannot_open(error) from error
 
@@ -327,11 +330,12 @@ class MLflow:
         """Log one epoch's metrics.
 
         `timestamp_ms` is in milliseconds since 1970, now if None. MLflow doubles a metric that is sent
-        again with another timestamp, and not one with the same.
+        again with another timestamp, and not one with the same; of two at one epoch it shows the later.
         """
         from mlflow.entities import Metric
 
-        when = _now() if timestamp_ms is None else timestamp_ms
+        when = self._now() if timestamp_ms is None else timestamp_ms
+        self._latest = max(self._latest, when)
         # MLflow's pages show metrics in the order of their arrival, and the compare page plots the first
         items = [Metric(key, float(metrics[key]), when, epoch) for key in sorted(metrics, key=_importance)]
         for batch in _batches(items, MAX_METRICS):
@@ -409,7 +413,8 @@ class MLflow:
         if not self.run_id:
             return
         self._unwatch_system()
-        end = Request("status", partial(self._client.set_terminated, self.run_id, status, end_time=_now()))
+        ended = partial(self._client.set_terminated, self.run_id, status, end_time=self._now())
+        end = Request("status", ended)
         if status == "KILLED":
             self._killed = True
             self._uploads.clear()
@@ -428,6 +433,10 @@ class MLflow:
             )
             self._unsent.clear()
             self._uploads.clear()
+
+    def _now(self) -> int:
+        """Milliseconds since 1970; never before a time that the run has, maybe of another clock."""
+        return max(time.time_ns() // 1_000_000, self._latest)
 
     def _send(self, what: str, send: Callable[[], object]) -> None:
         """Send a request after those that are unsent, unless the store was found away a moment ago."""
@@ -724,10 +733,6 @@ def _importance(metric: str) -> tuple[int, int, bool]:
     split, _, rest = metric.partition("/")
     known = ("final", "best", "test", "val", "train")
     return known.index(split) if split in known else len(known), rest.count("/"), rest != "top1"
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000  # milliseconds
 
 
 def _first_line(error: Exception) -> str:

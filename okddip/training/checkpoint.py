@@ -12,6 +12,7 @@ from typing import IO, Any
 import torch
 
 from okddip.errors import ConfigError
+from okddip.training.finite import not_finite
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,8 @@ def restore(state: dict[str, Any], **parts: Any) -> None:
     """Load the state of `group`, `method`, `optimizer` and whatever else is given by its key.
 
     Raises:
-        ConfigError: it is not theirs: another version of the program wrote it, say.
+        ConfigError: it is not theirs: another version of the program wrote it, say. Or weights are not
+            finite.
     """
     for name, part in parts.items():
         try:
@@ -196,6 +198,12 @@ def restore(state: dict[str, Any], **parts: Any) -> None:
                 f"The checkpoint of epoch {state['epoch'] + 1}, written by okddip {state['version']}, does"
                 f" not fit: {name}: {' '.join(reasons[:2])}"
             ) from error
+        if broken := not_finite(part):
+            raise ConfigError(
+                f"The checkpoint of epoch {state['epoch'] + 1} holds numbers that are not finite ({name}:"
+                f" {broken}), so that no loss is: its training has failed. Take another checkpoint, such as"
+                " previous.pt or best.pt beside it, or train again."
+            )
 
 
 def find(key: str, reference: str, tracking_uri: str | None) -> Path:

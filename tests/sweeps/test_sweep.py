@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from okddip.errors import ConfigError
 from okddip.main import CONFIG_HOME
+from okddip.sweeps import sweep
 from okddip.sweeps.sweep import datasets, gpu_in_turn
 from okddip.training import checkpoint
 from okddip.training.devices import find_device
@@ -70,7 +71,7 @@ def runs(folder: Path, kind: str = "jobs") -> list[Run]:
 
 
 def outcomes(folder: Path) -> list[tuple[int, str]]:
-    read = [json.loads(path.read_text()) for path in folder.glob("*/outcome.json")]
+    read = [json.loads(path.read_text()) for path in folder.glob("*/outcome-*.json")]
     return sorted((outcome["job"], outcome["kind"]) for outcome in read)
 
 
@@ -521,7 +522,7 @@ def test_an_outcome_that_cannot_be_read_does_not_keep_a_sweep_from_its_end(
     okddip: Okddip, tmp_path: Path
 ) -> None:
     (tmp_path / "sweep" / "torn").mkdir(parents=True)
-    (tmp_path / "sweep" / "torn" / "outcome.json").write_text('{"job": 1')
+    (tmp_path / "sweep" / "torn" / "outcome-0.json").write_text('{"job": 1')
     answer = okddip("-m", *SMALL, "method=baseline", "seed=0", "hydra.sweep.dir=sweep")
     assert answer.code == 0, answer.err
     assert "1 job: 1 finished." in answer.out
@@ -547,7 +548,7 @@ def test_a_sweep_on_a_store_that_cannot_be_opened_runs_no_job(okddip: Okddip, tm
     answer = okddip("-m", *SMALL, "seed=0,1", "tracking.uri=sqlite:///missing/mlflow.db")
     assert answer.code == 1
     assert "tracking.uri=sqlite:///missing/mlflow.db: this store cannot be opened" in answer.err
-    assert not list(tmp_path.glob("multirun/*/*"))
+    assert not list(tmp_path.glob("multirun/*/[!.]*"))
 
 
 def start(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
@@ -560,6 +561,43 @@ def start(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
         text=True,
         start_new_session=True,
     )
+
+
+def test_a_second_sweep_in_the_folder_of_one_that_goes_on_is_refused(okddip: Okddip, tmp_path: Path) -> None:
+    common = ("-m", *SMALL, "method=baseline", "hydra.sweep.dir=sweep")
+    first = start(tmp_path, *common, "seed=0,1", "trainer.epochs=1000")
+    try:
+        while not list(tmp_path.glob("sweep/0-*/outcome-*.json")):
+            assert first.poll() is None, first.communicate()[0]
+            time.sleep(0.01)
+        [configuration] = tmp_path.glob("sweep/0-*/.hydra/config.yaml")
+        before = configuration.read_text()
+        answer = okddip(*common, "seed=0,1", "optimizer.lr=0.01")
+        assert answer.code == 1
+        assert f"hydra.sweep.dir={tmp_path}/sweep: another sweep goes on in this folder" in answer.err
+        assert "Name another folder, or leave hydra.sweep.dir out" in answer.err
+        assert configuration.read_text() == before
+        answer = okddip(
+            *common, "seed=0,1", "task=evaluate", "checkpoint=x"
+        )  # one without a parent run neither
+        assert "another sweep goes on in this folder" in answer.err
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+    answer = okddip(*common, "seed=7,8")
+    assert answer.code == 0, answer.err
+    assert "2 jobs: 2 finished." in answer.out
+
+
+def test_a_job_that_outlives_its_sweep_does_not_write_over_what_became_of_the_next_sweeps(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "0-job"
+    folder.mkdir()
+    sweep.write(sweep.Outcome(0, [], "finished before", start="second"), folder)
+    sweep.write(sweep.Outcome(0, [], "finished", start="first"), folder)
+    assert [outcome.kind for outcome in sweep.outcomes_in(tmp_path, "second")] == ["finished before"]
+    assert [outcome.kind for outcome in sweep.outcomes_in(tmp_path, "first")] == ["finished"]
 
 
 @pytest.mark.slow
