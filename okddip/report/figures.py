@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from okddip.report import runs
 from okddip.report.compare import Comparison, Group
 from okddip.signals import give_way
+from okddip.text import FIGURES, for_terminal
 from okddip.tracking import params_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "pdf.fonttype": 42,  # letters stay letters in the PDF
+    **FIGURES,
 }
 WIDTH, HEIGHT = 6.3, 2.8  # inches; the text width of A4, and a height to which a legend adds
 LEGEND_ROW = 0.18  # inches
@@ -97,9 +99,11 @@ def file_name(words: str, taken: set[str]) -> str:
 def draw(comparison: Comparison, model: str, history: History) -> dict[str, Figure]:
     """The figures of one data set and model, by kind."""
     groups = {
-        comparison.label(group): group for group in comparison.groups if group.settings["model"] == model
+        for_terminal(comparison.label(group)): group
+        for group in comparison.groups
+        if group.settings["model"] == model
     }
-    place = f"{comparison.dataset}, {model}"
+    place = for_terminal(f"{comparison.dataset}, {model}")
     figures = {
         "accuracy": over_epochs(groups, history, "test/top1", "Test top-1 (%)", place),
         "diversity": over_epochs(
@@ -220,7 +224,8 @@ def against_peers(groups: dict[str, Group], history: History, place: str) -> Fig
         axes.set_xlabel("Peers")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy.set_ylabel("Final test top-1 (%)")
-    time.set_ylabel(f"Training step on {' and '.join(sorted(devices)) or 'the device'} (ms)")
+    named = for_terminal(" and ".join(sorted(devices)) or "the device")
+    time.set_ylabel(f"Training step on {named} (ms)")
     time.set_ylim(bottom=0)
     legend_below(figure, time, over_seeds(group for members in series.values() for group in members))
     return figure
