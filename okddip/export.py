@@ -22,6 +22,7 @@ from torch import Tensor
 import okddip
 from okddip.errors import ConfigError, check_choice
 from okddip.inference import Classifier, Preprocessing, load
+from okddip.text import for_terminal
 from okddip.trained import chosen_keys, default_network, extract, networks, open_checkpoint
 
 log = logging.getLogger(__name__)
@@ -102,9 +103,9 @@ def export(config: DictConfig, build: Callable[..., Any]) -> str:
         raise ConfigError(f"export.out={folder}: cannot be written ({error.strerror or error}).") from error
     log.info(
         "%s of %s, %s parameters\n%s\n%s",
-        *(predictor, path, f"{description['parameters']:,}"),
+        *(predictor, for_terminal(path), f"{description['parameters']:,}"),
         "\n".join(rows),
-        folder,
+        for_terminal(folder),
     )
     return str(folder)
 

@@ -21,6 +21,7 @@ from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.schedules import Schedule
 from okddip.signals import asked_to_stop, stop_on_signals, unstopped
+from okddip.text import for_markdown, for_terminal
 from okddip.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -228,7 +229,7 @@ def splits_of(
 
 def description(config: DictConfig, parts: Parts) -> dict[str, str]:
     """The tag that MLflow shows as the run's description, in Markdown."""
-    items = [f"- **{what}** {text}" for what, text in in_words(config, parts).items()]
+    items = [f"- **{what}** {for_markdown(text)}" for what, text in in_words(config, parts).items()]
     hint = "`okddip task=report report.run=ID` with this run's ID prints the command that reproduces it."
     return {"mlflow.note.content": "\n".join([*items, "", hint])}
 
@@ -256,7 +257,7 @@ def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
     """Say what the run is, before it begins."""
     words = in_words(config, parts)
     words["folder"] = f"{run.folder}" + (f"; {how_far(config, run.state)}" if run.state else "")
-    log.info("\n".join(f"{what:<10} {text}" for what, text in words.items()))
+    log.info("\n".join(f"{what:<10} {for_terminal(text)}" for what, text in words.items()))
 
 
 def how_far(config: DictConfig, state: dict[str, Any]) -> str:
