@@ -611,13 +611,14 @@ def conclude(sweep: Sweep, outcomes: Sequence[Outcome], good: bool, error: BaseE
         for outcome in outcomes:
             if outcome.kind == kind:
                 own = " ".join(part for part in outcome.overrides if part not in common)
-                print(for_terminal(f"{kind} #{outcome.job} {own}: {outcome.reason}", lines=True))
+                reason = for_terminal(outcome.reason, lines=True).replace("\n", "\n  ")
+                print(f"{kind} #{outcome.job} {for_terminal(own)}: {reason}")
     if is_stop(error) and sweep.outlived:
         print("Jobs that submitit was given may go on, or begin, without this process.")
-    reason = error.__context__ if isinstance(error, SystemExit) and not is_stop(error) else None
-    if outcomes and isinstance(reason, Exception):
-        kind = "" if isinstance(reason, HydraException) else f"{type(reason).__name__}: "
-        first_line, *_ = str(reason).splitlines() or [""]
+    cause = error.__context__ if isinstance(error, SystemExit) and not is_stop(error) else None
+    if outcomes and isinstance(cause, Exception):
+        kind = "" if isinstance(cause, HydraException) else f"{type(cause).__name__}: "
+        first_line, *_ = str(cause).splitlines() or [""]
         print(f"The sweep itself ended early: {kind}{for_terminal(first_line)}")
     elif sweep.tracker is not None and outcomes and not good:
         again = "The same command again"

@@ -7,6 +7,7 @@ a marker and a line style say the same as a colour. Figures are drawn without py
 import hashlib
 import logging
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -89,6 +90,10 @@ def write(client: "MlflowClient", comparisons: Sequence[Comparison], folder: Pat
 def file_name(words: str, taken: set[str]) -> str:
     """A name for a file, without its ending: of words, short enough for any disk, and then one of `taken`."""
     name = re.sub(r"[^\w.-]+", "_", words)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # a locale without these letters
+        name = re.sub(r"[^\w.-]+", "_", words, flags=re.ASCII)
     if len(name.encode()) > LONGEST_NAME or name in taken:
         word = hashlib.sha256(words.encode()).hexdigest()[:8]
         name = f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}-{word}"
