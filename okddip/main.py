@@ -33,6 +33,7 @@ from okddip.errors import ConfigError, Incompatible, check_number
 from okddip.signals import stop_on_signals
 from okddip.sweeps import sweep
 from okddip.sweeps.grid import GridSweeper
+from okddip.text import composed, for_terminal, show_whatever_comes
 from okddip.usage import usage
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ Plugins.instance().class_name_to_class["hydra_plugins.okddip.GridSweeper"] = Gri
 @hydra.main(version_base="1.3", config_path=str(CONFIG_HOME / "conf"), config_name="config")
 def main(config: DictConfig) -> Any:
     """Run the task of a composed configuration; returns what the task returns (a sweeper optimizes it)."""
+    show_whatever_comes()  # also in joblib's processes
     with stop_on_signals():
         if HydraConfig.get().job.chdir:
             raise ConfigError(sweep.NO_CHDIR)
@@ -379,7 +381,7 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
             images so small, or cannot be restored.
     """
     for what, theirs, ours in (
-        ("classes", state["classes"], list(dataset.classes)),
+        ("classes", composed(state["classes"]), composed(dataset.classes)),
         ("image channels", state["channels"], dataset.channels),
     ):
         if theirs != ours:
@@ -484,6 +486,7 @@ def with_filter_quoted(overrides: Sequence[str]) -> list[str]:
 
 def cli() -> None:
     """The console command: a run, a sweep or help."""
+    show_whatever_comes()
     with stop_on_signals():
         try:
             with distributed.rank_0_speaks():
@@ -496,7 +499,7 @@ def cli() -> None:
                     print(error, file=sys.stderr)
                     sys.exit(1)
                 if {"--help", "-h"} & set(sys.argv[1:]):
-                    print(usage(CONFIG_HOME, sys.argv[1:]))
+                    print(for_terminal(usage(CONFIG_HOME, sys.argv[1:]), lines=True))
                     rest = [part for part in sys.argv[1:] if part not in ("--help", "-h")]
                     sys.argv[1:] = ["--cfg", "job", *rest]
                 main()

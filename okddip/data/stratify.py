@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from okddip.errors import ConfigError
+from okddip.text import for_terminal
 
 
 def stratified_order(labels: np.ndarray) -> np.ndarray:
@@ -60,7 +61,7 @@ def hold_out(
         absent = set(range(len(classes))) - set(np.unique(labels[indices]).tolist())
         if absent and (part == "training" or validation > 0):
             raise ConfigError(
-                f"{key}: class '{classes[min(absent)]}' would have no {part} image "
+                f"{key}: class '{for_terminal(classes[min(absent)])}' would have no {part} image "
                 f"(it has {int((labels == min(absent)).sum())} in all); give a larger value."
             )
     return train, val

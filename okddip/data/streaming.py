@@ -22,12 +22,13 @@ from torchvision.transforms import v2
 
 from okddip import distributed
 from okddip.data.augment import Normalization, normalization, normalize
-from okddip.data.folder import printable, read_image, scale_and_crop, scan
+from okddip.data.folder import read_image, scale_and_crop, scan
 from okddip.data.loader import ALL, Batches, Share, batch_seed, seed_of
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
 from okddip.errors import ConfigError, check_choice
 from okddip.signals import leave_signals_to_the_parent, unstopped
+from okddip.text import for_terminal
 
 log = logging.getLogger(__name__)
 
@@ -335,7 +336,7 @@ class _Samples(MapDataset):
             return str(error)
         except (OSError, ValueError, MemoryError) as error:
             reason = str(error) or "out of memory"
-            return f"{printable(path)}: cannot be scaled ({reason}); remove or replace it."
+            return f"{for_terminal(path)}: cannot be scaled ({reason}); remove or replace it."
         return torch.from_numpy(pixels.copy()), int(self.files.labels[draw.image])
 
 

@@ -19,8 +19,8 @@ from okddip.data.augment import Normalization, normalization, normalize
 from okddip.data.folder import convert, read_image, scale_and_crop
 from okddip.deployment.predictors import Ensemble
 from okddip.errors import ConfigError
-from okddip.training.finite import not_finite
 from okddip.models.group import PeerGroup
+from okddip.training.finite import not_finite
 
 BATCH = 256  # images at a time in `predict`
 

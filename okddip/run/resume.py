@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +23,7 @@ from okddip import distributed
 from okddip.data.dataset import Dataset
 from okddip.errors import ConfigError, check_number
 from okddip.sweeps import sweep
+from okddip.text import for_shell
 from okddip.tracking.tracker import MLflow, NoTracking, absolute, flatten
 from okddip.training import checkpoint
 from okddip.training.checkpoint import KEYS, TRAINING_KEYS
@@ -576,4 +576,4 @@ def how_to_go_on(reference: str = "auto") -> str:
     if sweep.is_job():
         return "The command of its sweep, given again, goes on with it."
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("trainer.resume=")]
-    return f"Go on with: {shlex.join(['okddip', *arguments, f'trainer.resume={reference}'])}"
+    return f"Go on with: {for_shell(['okddip', *arguments, f'trainer.resume={reference}'])}"

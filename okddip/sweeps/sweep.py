@@ -40,6 +40,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from okddip.errors import ConfigError, Incompatible
 from okddip.signals import unstopped
+from okddip.text import for_markdown, for_terminal
 
 if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
     from mlflow.entities import Run
@@ -320,7 +321,7 @@ def named_by(config: DictConfig) -> set[str]:
 
 def description(swept: Mapping[str, str]) -> str:
     """What a sweep varies, in Markdown."""
-    items = [f"- **{key}** {values.replace(',', ', ')}" for key, values in swept.items()]
+    items = [f"- **{for_markdown(key)}** {for_markdown(v.replace(',', ', '))}" for key, v in swept.items()]
     return "\n".join(["A sweep; its jobs are the child runs.", "", *items])
 
 
@@ -624,7 +625,7 @@ def conclude(sweep: Sweep, outcomes: Sequence[Outcome], good: bool, error: BaseE
     kinds = Counter(outcome.kind for outcome in outcomes)
     jobs = "1 job" if len(outcomes) == 1 else f"{len(outcomes) or 'no'} jobs"
     counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-    print(f"Sweep {sweep.name}, {jobs}{': ' if counts else ''}{counts}.")
+    print(f"Sweep {for_terminal(sweep.name)}, {jobs}{': ' if counts else ''}{counts}.")
     common = (
         set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if len(outcomes) > 1 else set()
     )
@@ -632,13 +633,15 @@ def conclude(sweep: Sweep, outcomes: Sequence[Outcome], good: bool, error: BaseE
         for outcome in outcomes:
             if outcome.kind == kind:
                 own = " ".join(part for part in outcome.overrides if part not in common)
-                print(f"{kind} #{outcome.job} {own}: {outcome.reason}")
+                reason = for_terminal(outcome.reason, lines=True).replace("\n", "\n  ")
+                print(f"{kind} #{outcome.job} {for_terminal(own)}: {reason}")
     if is_stop(error) and sweep.outlived:
         print("Jobs that submitit was given may go on, or begin, without this process.")
-    reason = error.__context__ if isinstance(error, SystemExit) and not is_stop(error) else None
-    if outcomes and isinstance(reason, Exception):
-        kind = "" if isinstance(reason, HydraException) else f"{type(reason).__name__}: "
-        print(f"The sweep itself ended early: {kind}{(str(reason).splitlines() or [''])[0]}")
+    cause = error.__context__ if isinstance(error, SystemExit) and not is_stop(error) else None
+    if outcomes and isinstance(cause, Exception):
+        kind = "" if isinstance(cause, HydraException) else f"{type(cause).__name__}: "
+        first_line, *_ = str(cause).splitlines() or [""]
+        print(f"The sweep itself ended early: {kind}{for_terminal(first_line)}")
     elif sweep.tracker is not None and outcomes and not good:
         again = "The same command again"
         if sweep.forced and not is_stop(error):

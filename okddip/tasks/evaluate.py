@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import matplotlib
 import torch
 import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +23,7 @@ from okddip.errors import ConfigError
 from okddip.methods.base import Method
 from okddip.sweeps import teacher
 from okddip.tasks.train import Parts, concluded
+from okddip.text import FIGURES, composed, for_terminal
 from okddip.training import checkpoint, metrics
 from okddip.training.epoch import evaluate_on
 from okddip.training.trainer import PRECISIONS
@@ -119,10 +121,10 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
             parts.tracker.log_artifact(folder / name)
     log.info(
         "checkpoint %s, epoch %d\ndata set   %s, %s test images\ndevice     %s, %s\nfolder     %s",
-        *(path, state["epoch"] + 1),
-        *(settings.options.dataset, f"{report['images']:,}"),
+        *(for_terminal(path), state["epoch"] + 1),
+        *(for_terminal(settings.options.dataset), f"{report['images']:,}"),
         *(parts.trainer.device, parts.trainer.precision),
-        folder,
+        for_terminal(folder),
     )
     log_tables(report, parts.method)
     return results["top1"]
@@ -186,7 +188,7 @@ def check_images(settings: DictConfig, state: dict[str, Any], parts: Parts) -> N
         ConfigError: names both.
     """
     for what, theirs, ours in (
-        ("classes", state["classes"], list(parts.dataset.classes)),
+        ("classes", composed(state["classes"]), composed(parts.dataset.classes)),
         ("image channels", state["channels"], parts.dataset.channels),
     ):
         if theirs != ours:
@@ -277,23 +279,24 @@ def class_accuracy(counts: Tensor) -> list[float | None]:
 def draw_confusion(counts: Tensor, classes: list[str], title: str, folder: Path) -> None:
     """Draw a confusion matrix [K, K] into `confusion.png` and `confusion.pdf`, each row as shares."""
     size = len(classes)
+    classes = list(map(for_terminal, classes))
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
     inches = min(max(5.0, 0.3 * size), 14.0)
-    figure = Figure(figsize=(inches + 1, inches), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
-    axes.set(title=title, xlabel="predicted class", ylabel="true class")
-    if size <= MOST_LABELS:
-        axes.set_xticks(range(size), classes, rotation=90, parse_math=False)
-        axes.set_yticks(range(size), classes, parse_math=False)
-    if size <= MOST_NUMBERS:
-        for row, column in counts.nonzero().tolist():
-            colour = "white" if shares[row, column] > 50 else "black"
-            number = str(counts[row, column].item())
-            axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=7)
-    with warnings.catch_warnings():
+    with matplotlib.rc_context(FIGURES), warnings.catch_warnings():  # type: ignore[arg-type]
         warnings.filterwarnings("ignore", "Glyph")  # of a script that the font has not
+        figure = Figure(figsize=(inches + 1, inches), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+        figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
+        axes.set(title=for_terminal(title), xlabel="predicted class", ylabel="true class")
+        if size <= MOST_LABELS:
+            axes.set_xticks(range(size), classes, rotation=90)
+            axes.set_yticks(range(size), classes)
+        if size <= MOST_NUMBERS:
+            for row, column in counts.nonzero().tolist():
+                colour = "white" if shares[row, column] > 50 else "black"
+                number = str(counts[row, column].item())
+                axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=7)
         for name in ("confusion.png", "confusion.pdf"):
             figure.savefig(folder / name)
 
@@ -316,4 +319,5 @@ def log_tables(report: dict[str, Any], method: Method) -> None:
     shown = report["confusion"]["predictor"]
     accuracies = zip(report["class_accuracy"][shown], report["classes"], strict=True)
     hardest = sorted((accuracy, name) for accuracy, name in accuracies if accuracy is not None)[:HARDEST]
-    log.info("hardest    %s (%s)", ", ".join(f"{name} {accuracy:.1f} %" for accuracy, name in hardest), shown)
+    named = ", ".join(f"{for_terminal(name)} {accuracy:.1f} %" for accuracy, name in hardest)
+    log.info("hardest    %s (%s)", named, shown)

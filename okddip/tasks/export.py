@@ -23,6 +23,7 @@ import okddip
 from okddip.deployment.classifier import Classifier, Preprocessing, load
 from okddip.deployment.predictors import chosen_keys, default_network, extract, networks, open_checkpoint
 from okddip.errors import ConfigError, check_choice
+from okddip.text import for_terminal
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +103,9 @@ def export(config: DictConfig, build: Callable[..., Any]) -> str:
         raise ConfigError(f"export.out={folder}: cannot be written ({error.strerror or error}).") from error
     log.info(
         "%s of %s, %s parameters\n%s\n%s",
-        *(predictor, path, f"{description['parameters']:,}"),
+        *(predictor, for_terminal(path), f"{description['parameters']:,}"),
         "\n".join(rows),
-        folder,
+        for_terminal(folder),
     )
     return str(folder)
 

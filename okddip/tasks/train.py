@@ -23,6 +23,7 @@ from okddip.models.group import PeerGroup
 from okddip.run import resume
 from okddip.signals import asked_to_stop, stop_on_signals, unstopped
 from okddip.sweeps import sweep
+from okddip.text import for_markdown, for_terminal
 from okddip.tracking import tracker as tracking
 from okddip.training.schedules import Schedule
 from okddip.training.trainer import Trainer
@@ -234,7 +235,7 @@ def splits_of(
 
 def description(config: DictConfig, parts: Parts) -> dict[str, str]:
     """The tag that MLflow shows as the run's description, in Markdown."""
-    items = [f"- **{what}** {text}" for what, text in in_words(config, parts).items()]
+    items = [f"- **{what}** {for_markdown(text)}" for what, text in in_words(config, parts).items()]
     hint = "`okddip task=report report.run=ID` with this run's ID prints the command that reproduces it."
     return {"mlflow.note.content": "\n".join([*items, "", hint])}
 
@@ -262,7 +263,7 @@ def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
     """Say what the run is, before it begins."""
     words = in_words(config, parts)
     words["folder"] = f"{run.folder}" + (f"; {how_far(config, run.state)}" if run.state else "")
-    log.info("\n".join(f"{what:<10} {text}" for what, text in words.items()))
+    log.info("\n".join(f"{what:<10} {for_terminal(text)}" for what, text in words.items()))
 
 
 def how_far(config: DictConfig, state: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ from conftest import Answer
 from torch import nn
 
 import okddip as package
-from okddip.training.finite import not_finite
 from okddip.training import checkpoint
+from okddip.training.finite import not_finite
 
 Okddip = Callable[..., Answer]
 NAN = float("nan")

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from okddip.errors import ConfigError
+from okddip.text import for_shell, for_shell_word, okddip_command
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -36,8 +36,11 @@ def reproduce(client: "MlflowClient", run_id: str) -> str:
     command for each length, if it is no run that could have been begun so long. The parent of a sweep has the
     command that was typed.
 
+    Each line is a comment or calls this program and nothing else, whoever wrote to the store.
+
     Raises:
-        ConfigError: there is no such run, it keeps no configuration, or an option file of it is not there.
+        ConfigError: there is no such run, it keeps no configuration, an option file of it is not there, or
+            what stands as the command of a sweep calls something else.
     """
     from mlflow.exceptions import MlflowException
 
@@ -46,35 +49,43 @@ def reproduce(client: "MlflowClient", run_id: str) -> str:
         run = client.get_run(run_id)
     except MlflowException as error:
         raise ConfigError(f"report.run={run_id}: {str(error.message).strip()}.") from None
-    typed = run.data.tags.get("command", "")
+    typed = okddip_command(run.data.tags.get("command", ""))
     commit = run.data.tags.get("mlflow.source.git.commit")
-    about = f"# {run.info.run_name}, {run_id}" + (f", commit {commit}" if commit else "")
+    # quoted, since zsh knows no comments at its prompt
+    about = f"# {for_shell_word(str(run.info.run_name))}, {for_shell_word(run_id)}"
+    if commit:
+        about += f", commit {for_shell_word(commit)}"
     if changed := run.data.tags.get("uncommitted"):
-        about += f" with uncommitted changes in {changed}"
+        about += f" with uncommitted changes in {for_shell(changed.split())}"
     if run.data.tags.get("kind") == "sweep":
-        return f"{about}\n{typed}"  # all of its jobs
+        if typed is None:
+            raise ConfigError(
+                f"report.run={run_id}: what the store has as the command of this sweep is no call of okddip"
+                " with overrides. Its child runs have commands of their own."
+            )
+        return f"{about}\n{for_shell(typed)}"  # all of its jobs
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for one small file
     try:
         with tempfile.TemporaryDirectory() as folder:
             text = Path(client.download_artifacts(run_id, "config.yaml", folder)).read_text(encoding="utf-8")
     except (MlflowException, OSError):
-        known = f" It was started with: {typed}" if typed else ""
+        known = f" It was started with: {for_shell(typed)}" if typed else ""
         raise ConfigError(f"report.run={run_id}: this run keeps no config.yaml.{known}") from None
     wanted = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
-    lengths = [int(length) for length in run.data.tags.get("lengths", "").split()]
+    lengths = [int(length) for length in run.data.tags.get("lengths", "").split() if length.isdecimal()]
+    folders = config_folders(typed or [])
     folder = f"outputs/{wanted.get('name')}/as-{run_id[:8]}"
     commands: list[str] = []
     try:
         for epochs in [*lengths, wanted["trainer"]["epochs"]]:
             so_long = {**wanted, "trainer": {**wanted["trainer"], "epochs": epochs}}
-            arguments = [*config_folders(typed), *overrides(so_long)]
+            arguments = [*folders, *overrides(so_long)]
             if lengths:
                 place = "trainer.resume" if commands else "hydra.run.dir"
                 arguments.append(f"{place}={as_override(folder)}")
-            commands.append(shlex.join(["okddip", *arguments]))
+            commands.append(for_shell(["okddip", *arguments]))
     except (HydraException, OmegaConfBaseException) as error:
-        folders = shlex.join(config_folders(typed))
-        hint = f" It was started with {folders}: give that here too." if folders else ""
+        hint = f" It was started with {for_shell(folders)}: give that here too." if folders else ""
         raise ConfigError(f"report.run={run_id}: cannot be composed here. {error}{hint}") from None
     return "\n".join([about, *commands])
 
@@ -161,9 +172,8 @@ def as_override(value: Any) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
 
 
-def config_folders(typed: str) -> list[str]:
+def config_folders(words: Sequence[str]) -> list[str]:
     """`--config-dir` of a command line: where the user's own option files are."""
-    words = shlex.split(typed)
     found = []
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word in ("--config-dir", "-cd"):

@@ -7,6 +7,7 @@ a marker and a line style say the same as a colour. Figures are drawn without py
 import hashlib
 import logging
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from okddip.signals import give_way
 from okddip.tasks.report import runs
 from okddip.tasks.report.compare import Comparison, Group
+from okddip.text import FIGURES, for_terminal
 from okddip.tracking.tracker import params_of
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "pdf.fonttype": 42,  # letters stay letters in the PDF
+    **FIGURES,
 }
 WIDTH, HEIGHT = 6.3, 2.8  # inches; the text width of A4, and a height to which a legend adds
 LEGEND_ROW = 0.18  # inches
@@ -87,6 +90,10 @@ def write(client: "MlflowClient", comparisons: Sequence[Comparison], folder: Pat
 def file_name(words: str, taken: set[str]) -> str:
     """A name for a file, without its ending: of words, short enough for any disk, and then one of `taken`."""
     name = re.sub(r"[^\w.-]+", "_", words)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # a locale without these letters
+        name = re.sub(r"[^\w.-]+", "_", words, flags=re.ASCII)
     if len(name.encode()) > LONGEST_NAME or name in taken:
         word = hashlib.sha256(words.encode()).hexdigest()[:8]
         name = f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}-{word}"
@@ -97,9 +104,11 @@ def file_name(words: str, taken: set[str]) -> str:
 def draw(comparison: Comparison, model: str, history: History) -> dict[str, Figure]:
     """The figures of one data set and model, by kind."""
     groups = {
-        comparison.label(group): group for group in comparison.groups if group.settings["model"] == model
+        for_terminal(comparison.label(group)): group
+        for group in comparison.groups
+        if group.settings["model"] == model
     }
-    place = f"{comparison.dataset}, {model}"
+    place = for_terminal(f"{comparison.dataset}, {model}")
     figures = {
         "accuracy": over_epochs(groups, history, "test/top1", "Test top-1 (%)", place),
         "diversity": over_epochs(
@@ -220,7 +229,8 @@ def against_peers(groups: dict[str, Group], history: History, place: str) -> Fig
         axes.set_xlabel("Peers")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy.set_ylabel("Final test top-1 (%)")
-    time.set_ylabel(f"Training step on {' and '.join(sorted(devices)) or 'the device'} (ms)")
+    named = for_terminal(" and ".join(sorted(devices)) or "the device")
+    time.set_ylabel(f"Training step on {named} (ms)")
     time.set_ylim(bottom=0)
     legend_below(figure, time, over_seeds(group for members in series.values() for group in members))
     return figure

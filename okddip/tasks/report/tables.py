@@ -1,7 +1,6 @@
 """Comparisons as plain text, Markdown, LaTeX and CSV."""
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pandas as pd
 
 from okddip.tasks.report.compare import SCORES, Comparison, Difference, Group
 from okddip.tasks.report.published import source_text
+from okddip.text import for_csv, for_latex, for_markdown, for_terminal
 
 NUMERIC = ("n", "peers")
 REFERENCES = {
@@ -28,14 +28,20 @@ def write(comparisons: Sequence[Comparison], left_out: str, folder: Path) -> Non
         names = ", ".join(comparison.dataset for comparison in comparisons)
         remarks.append(f"Results on different data sets cannot be compared: a table for each of {names}.")
 
-    paragraphs = [f"{title(c)}\n\n{text(table)}\n\n" + "\n".join(below) for c, table, below in tables]
-    (folder / "table.txt").write_text("\n\n".join([*paragraphs, *remarks]) + "\n", encoding="utf-8")
     paragraphs = [
-        f"**{title(c)}**\n\n{markdown(table)}\n\n" + "\n".join(f"- {markdown_safe(line)}" for line in below)
+        f"{for_terminal(title(c))}\n\n{text(table)}\n\n" + "\n".join(map(for_terminal, below))
+        for c, table, below in tables
+    ]
+    (folder / "table.txt").write_text(
+        "\n\n".join([*paragraphs, *map(for_terminal, remarks)]) + "\n", encoding="utf-8"
+    )
+    paragraphs = [
+        f"**{for_markdown(title(c))}**\n\n{markdown(table)}\n\n"
+        + "\n".join(f"- {for_markdown(line)}" for line in below)
         for c, table, below in tables
     ]
     (folder / "table.md").write_text(
-        "\n\n".join([*paragraphs, *map(markdown_safe, remarks)]) + "\n", encoding="utf-8"
+        "\n\n".join([*paragraphs, *map(for_markdown, remarks)]) + "\n", encoding="utf-8"
     )
     blocks = []
     for number, (c, table, below) in enumerate(tables, 1):
@@ -46,7 +52,9 @@ def write(comparisons: Sequence[Comparison], left_out: str, folder: Path) -> Non
         "\n".join(["% \\usepackage{booktabs,graphicx} in the preamble", *blocks]), encoding="utf-8"
     )
     numbers = [{"dataset": c.dataset, **full_precision(group)} for c in comparisons for group in c.groups]
-    pd.DataFrame(numbers).to_csv(folder / "table.csv", index=False)
+    pd.DataFrame(numbers).map(for_csv).rename(columns=for_csv).to_csv(
+        folder / "table.csv", index=False, encoding="utf-8"
+    )
 
 
 def title(comparison: Comparison) -> str:
@@ -175,7 +183,7 @@ def text(table: pd.DataFrame) -> str:
     """Aligned columns, numbers to the right."""
     columns = []
     for name in table:
-        entries = [str(name), *table[name]]
+        entries = [for_terminal(entry) for entry in (name, *table[name])]
         width = max(map(len, entries))
         entries.insert(1, "-" * width)
         columns.append([entry.rjust(width) if name in NUMERIC else entry.ljust(width) for entry in entries])
@@ -185,11 +193,7 @@ def text(table: pd.DataFrame) -> str:
 def markdown(table: pd.DataFrame) -> str:
     rules = ["---:" if name in NUMERIC else "---" for name in table]
     rows = [[str(name) for name in table], rules, *table.values.tolist()]
-    return "\n".join(f"| {' | '.join(map(markdown_safe, row))} |" for row in rows)
-
-
-def markdown_safe(cell: str) -> str:
-    return re.sub(r"([*_|\\])", r"\\\1", cell)
+    return "\n".join(f"| {' | '.join(map(for_markdown, row))} |" for row in rows)
 
 
 def with_footnotes(comparison: Comparison, table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -210,7 +214,7 @@ def with_footnotes(comparison: Comparison, table: pd.DataFrame) -> tuple[pd.Data
 
 def latex(table: pd.DataFrame, caption: str, below: Sequence[str]) -> str:
     """A floating table with the rules of booktabs, made smaller where it is wider than the page."""
-    escaped = table.map(latex_safe).rename(columns=latex_safe)
+    escaped = table.map(for_latex).rename(columns=for_latex)
     alignment = "".join("r" if name in NUMERIC else "l" for name in table)
     rows = [list(escaped.columns), *escaped.values.tolist()]
     head, *body = (" & ".join(row) + " \\\\" for row in rows)
@@ -218,21 +222,14 @@ def latex(table: pd.DataFrame, caption: str, below: Sequence[str]) -> str:
         [
             "\\begin{table}",
             "\\centering",
-            f"\\caption{{{latex_safe(caption)}}}",
+            f"\\caption{{{for_latex(caption)}}}",
             "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
             f"\\begin{{tabular}}{{{alignment}}}",
             *("\\toprule", head, "\\midrule", *body, "\\bottomrule"),
             "\\end{tabular}}",
             *("", "\\smallskip", "\\begin{minipage}{\\linewidth}\\footnotesize"),
-            "\n\n".join(map(latex_safe, below)),
+            "\n\n".join(map(for_latex, below)),
             "\\end{minipage}",
             "\\end{table}\n",
         ]
     )
-
-
-def latex_safe(cell: str) -> str:
-    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    cell = re.sub(r"[&%$#_{}~^\\]", lambda found: named.get(found[0], "\\" + found[0]), cell)
-    cell = cell.replace("±", "$\\pm$")
-    return re.sub(r"(?<![\w.-])([+-])(?=\d)", r"$\1$", cell)

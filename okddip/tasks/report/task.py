@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 from okddip.errors import ConfigError
 from okddip.tasks.report import command, figures, runs, tables
 from okddip.tasks.report.compare import compare
+from okddip.text import for_markdown, for_terminal
 from okddip.tracking.tracker import MAX_TAG_LENGTH, open_store
 
 if TYPE_CHECKING:
@@ -72,9 +74,8 @@ def make(
         folder.mkdir(parents=True, exist_ok=True)
         tables.write(comparisons, left_out, folder)
         # whatever becomes of figures, and in one piece for `okddip task=report | head`
-        print(
-            f"{(folder / 'table.txt').read_text(encoding='utf-8')}\nTables and figures: {folder}", flush=True
-        )
+        shown = (folder / "table.txt").read_text(encoding="utf-8")
+        print(f"{shown}\nTables and figures: {for_terminal(folder)}", flush=True)
         figures.write(client, comparisons, folder)
     except OSError as error:
         raise ConfigError(
@@ -91,7 +92,7 @@ def describe(client: "MlflowClient", run_id: str, folder: Path) -> None:
     note = client.get_run(run_id).data.tags.get(NOTE, "").partition(HEADING)[0]
     table = (folder / "table.md").read_text(encoding="utf-8")
     figures = [
-        f"![{path.stem}](get-artifact?path=report/{path.name}&run_uuid={run_id})"
+        f"![{for_markdown(path.stem)}](get-artifact?path=report/{quote(path.name)}&run_uuid={run_id})"
         for path in sorted(folder.glob("*.png"))
     ]
     for parts in (
