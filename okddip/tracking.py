@@ -11,7 +11,6 @@ import math
 import os
 import re
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import okddip
 from okddip.errors import ConfigError, check_choice
 from okddip.signals import give_way
+from okddip.store import ANSWER_SECONDS, LOCK_SECONDS, whole_sqlite
 
 if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
     import mlflow
@@ -36,8 +36,6 @@ if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --he
 logger = logging.getLogger(__name__)
 
 OPEN_SECONDS = 4.0  # until a store that does not answer is given up; the program's start takes about as long
-ANSWER_SECONDS = 6.0  # the same of one that has answered before
-LOCK_SECONDS = 120.0  # for other processes that open the same new store; seconds each
 SEND_SECONDS = 0.8  # what an epoch waits for one answer; at most two are waited for
 RETRY_SECONDS = 10.0  # how long a store that does not answer is left alone
 UPLOAD_SECONDS = 120.0  # a server may store a large file before it answers
@@ -144,25 +142,16 @@ class MLflow:
             raise self._cannot_open(error) from error
 
     def _open_sqlite(self) -> None:
-        from filelock import FileLock
         from mlflow.tracking import MlflowClient
         from sqlalchemy.engine import make_url
 
         if make_url(self.uri).database in (None, "", ":memory:"):
             raise ValueError("it would be gone with the run")
-        uri = absolute(self.uri)
-        file = Path(str(make_url(uri).database))
-        # MLflow creates a missing folder, and tries for minutes to open a file that cannot be opened.
-        with closing(sqlite3.connect(file, timeout=ANSWER_SECONDS)) as connection:
-            connection.execute("PRAGMA schema_version")
-        for place in (file, file.parent):  # SQLite's journal stands beside the file
-            if not os.access(place, os.W_OK):
-                raise PermissionError(f"{place} cannot be written")
-        # Processes that open a new store at once would create its tables in a race.
-        with FileLock(f"{file}.lock", timeout=LOCK_SECONDS):
-            self._client = MlflowClient(uri)
+        url = make_url(absolute(self.uri))
+        with whole_sqlite(url):
+            self._client = MlflowClient(absolute(self.uri))
             # where an `mlflow server` that is started beside the file keeps artifacts too
-            self._ensure_experiment((file.parent / "mlartifacts").as_uri())
+            self._ensure_experiment((Path(str(url.database)).parent / "mlartifacts").as_uri())
 
     def _ensure_experiment(self, artifacts: str | None = None) -> None:
         from mlflow.exceptions import MlflowException
