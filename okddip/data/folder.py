@@ -7,9 +7,11 @@ import os
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 CACHE_VERSION = 2  # raise when decoding changes: older caches are then decoded anew
 SMALL = 64 * 64  # pixels
 MOST_ELONGATED = 16  # of the sides of an image that is scaled whole
+ABANDONED_SECONDS = 3600.0  # after its last change, a file that is being written is nobody's any more
 CHUNK = 256  # files a thread decodes at a time
 
 
@@ -337,15 +340,20 @@ def _save(path: Path, content: dict[str, Any]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        for left in path.parent.glob(f".{path.stem}-*"):  # by a process that was killed while it wrote
+            with suppress(FileNotFoundError):  # or of one that has just come to its end
+                if left.stat().st_mtime < time.time() - ABANDONED_SECONDS:
+                    left.unlink()
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", delete=False) as file:
             temporary = Path(file.name)
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)  # whole or not at all, also when several runs decode at once
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         log.warning(
             "dataset.cache_dir=%s: cannot be written (%s); the next run decodes again.", path.parent, error
         )
+    finally:  # a signal too may have broken it off
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

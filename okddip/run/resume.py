@@ -24,6 +24,7 @@ from okddip.data.dataset import Dataset
 from okddip.errors import ConfigError, check_number
 from okddip.sweeps import sweep
 from okddip.text import for_shell
+from okddip.tracking.outbox import RUN_LOCK
 from okddip.tracking.tracker import MLflow, NoTracking, absolute, flatten
 from okddip.training import checkpoint
 from okddip.training.checkpoint import KEYS, TRAINING_KEYS
@@ -408,7 +409,7 @@ def lock(folder: Path, *, patient: bool = False) -> AbstractContextManager[objec
     Raises:
         ConfigError: another process holds it, and this one is not to wait; or it cannot be written.
     """
-    held = FileLock(folder / "run.lock")
+    held = FileLock(folder / RUN_LOCK)
     try:
         return held.acquire(timeout=0)
     except Timeout:
@@ -450,7 +451,12 @@ def find_tracked(run: Run, tracker: MLflow | NoTracking, reference: str | None) 
     or another experiment in between.
     """
     if run.taken_up and (run.tracking_id is None or reference == "auto"):
-        found = [known.info.run_id for known in tracker.find({"folder": str(run.folder)})]
+        found = [
+            known.info.run_id
+            for known in tracker.find({"folder": str(run.folder)})
+            if not {"kind", "task"}
+            & known.data.tags.keys()  # an evaluation may have been told to write there
+        ]
         if found and run.tracking_id not in found:
             run.tracking_id = found[0]
 

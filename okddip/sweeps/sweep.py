@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import socket
 import sys
 import threading
 import time
@@ -41,6 +40,7 @@ from omegaconf import DictConfig, OmegaConf
 from okddip.errors import ConfigError, Incompatible
 from okddip.signals import unstopped
 from okddip.text import for_markdown, for_terminal
+from okddip.tracking.outbox import LOCK
 
 if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
     from mlflow.entities import Run
@@ -69,8 +69,6 @@ NO_CHDIR = (
     "hydra.job.chdir=true: would make another place of each relative path, and another store of each run's"
     " tracking.uri. Leave it out; a run's files are in its output folder in any case."
 )
-
-LOCK = "lock"  # the tag of a parent: a file that is locked as long as the process of its sweep lives
 
 GRID = "hydra_plugins.okddip.GridSweeper"
 
@@ -213,7 +211,6 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
     tracker = instantiate(config.tracking)
     tracker.open()
     parents = tracker.find({"kind": "sweep"})
-    close_abandoned(tracker, parents)
     same = [parent for parent in parents if parent.data.tags.get("identity") == identity]
     sweep.forced = bool(config.trainer.rerun)
     if sweep.forced:  # one that came to its end is forced anew, one that was cut off goes on
@@ -280,28 +277,6 @@ def let_go(sweep: Sweep) -> None:
     if sweep.held is not None:
         Path(sweep.held.lock_file).unlink(missing_ok=True)
         sweep.held.release()
-
-
-def close_abandoned(tracker: MLflow | NoTracking, parents: Sequence[Run]) -> None:
-    """End the runs of sweeps whose process was killed on this machine, and could not do it."""
-    from okddip.tracking.tracker import MLflow, open_store
-
-    if not isinstance(tracker, MLflow):
-        return
-    for parent in (parent for parent in parents if parent.info.status == "RUNNING"):
-        tags, run_id = parent.data.tags, parent.info.run_id
-        try:
-            if tags.get("host") != socket.gethostname() or not Path(tags.get(LOCK, "")).is_file():
-                continue
-            with FileLock(tags[LOCK], timeout=0):
-                store = open_store(tracker.uri)
-                if store.get_run(run_id).data.tags.get(LOCK) == tags[LOCK]:  # nobody has taken it up
-                    store.set_terminated(run_id, "KILLED")
-                    close_children(tracker, run_id)
-        except OSError:  # it goes on, or lies in a folder of somebody else's
-            continue
-        except Exception as error:
-            log.warning("MLflow run %s was killed, and is still called running: %s", run_id, error)
 
 
 def datasets(config: DictConfig) -> list[str]:
@@ -572,7 +547,8 @@ def end(error: BaseException | None = None) -> bool:
         finished_before = [outcome.run_id for outcome in outcomes if outcome.run_id]
         if parent and outcomes and not is_stop(error):
             try:
-                close_children(sweep.tracker, parent)
+                if sweep.tracker is not None:
+                    sweep.tracker.finish_ended_runs()  # of jobs, and of their teachers, that were killed
                 report(sweep, parent, finished_before)
             except Exception:  # the jobs are done, and the last lines are still to be said
                 log.exception("The end of the sweep is not whole:")
@@ -586,9 +562,9 @@ def end(error: BaseException | None = None) -> bool:
             if is_stop(error):
                 sweep.tracker.finish("KILLED")  # first of all: there may be seconds left
             sweep.tracker.set_tags(finished_before_tags(finished_before))
-            if parent and is_stop(error):
-                close_children(sweep.tracker, parent)
-            elif not is_stop(error):
+            if is_stop(error):
+                sweep.tracker.finish_ended_runs()
+            else:
                 sweep.tracker.finish("FINISHED" if good else "FAILED")
         conclude(sweep, outcomes, good, error)
         let_go(sweep)
@@ -673,34 +649,6 @@ def finished_before(parent: Run) -> set[str]:
     """IDs of the runs that `finished_before_tags` name."""
     tags = parent.data.tags.items()
     return {run_id for key, ids in tags if key.startswith(f"{FINISHED_BEFORE}.") for run_id in ids.split()}
-
-
-def close_children(tracker: MLflow | NoTracking | None, parent: str) -> None:
-    """End the MLflow runs of jobs, and of their teachers, whose process was killed and could not do it."""
-    from okddip.run.resume import lock
-    from okddip.tracking.tracker import MLflow, open_store
-
-    if not isinstance(tracker, MLflow):
-        return
-    try:
-        running = [
-            run
-            for key in ("mlflow.parentRunId", TRAINED_FOR)
-            for run in tracker.find({key: parent})
-            if run.info.status == "RUNNING"
-        ]
-    except ConfigError as error:
-        log.warning("Runs that were killed may still be called running: %s", error)
-        return
-    for run in running:
-        folder = Path(run.data.tags.get("folder", ""))
-        if not (folder / "run.json").exists():
-            continue
-        try:
-            with lock(folder):
-                open_store(tracker.uri).set_terminated(run.info.run_id, "KILLED")
-        except ConfigError:
-            continue  # it is running
 
 
 def report(sweep: Sweep, parent: str, finished_before: list[str]) -> None:

@@ -85,6 +85,7 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
             tags={
                 "kind": "evaluation",  # no training run: tables of those leave it out
                 "checkpoint": str(config.checkpoint),
+                "folder": str(folder),
                 **{name: str(option) for name, option in settings.options.items()},
             },
             config_yaml=OmegaConf.to_yaml(settings),

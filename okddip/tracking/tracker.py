@@ -11,7 +11,6 @@ import math
 import os
 import re
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +27,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import okddip
 from okddip.errors import ConfigError, check_choice
 from okddip.signals import give_way
+from okddip.tracking import outbox
+from okddip.tracking.outbox import CONTEXT, Request, may_pass
+from okddip.tracking.store import ANSWER_SECONDS, LOCK_SECONDS, whole_sqlite
 
 if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
     import mlflow
@@ -36,8 +38,6 @@ if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --he
 logger = logging.getLogger(__name__)
 
 OPEN_SECONDS = 4.0  # until a store that does not answer is given up; the program's start takes about as long
-ANSWER_SECONDS = 6.0  # the same of one that has answered before
-LOCK_SECONDS = 120.0  # for other processes that open the same new store; seconds each
 SEND_SECONDS = 0.8  # what an epoch waits for one answer; at most two are waited for
 RETRY_SECONDS = 10.0  # how long a store that does not answer is left alone
 UPLOAD_SECONDS = 120.0  # a server may store a large file before it answers
@@ -47,7 +47,6 @@ KILL_SECONDS = 3.0  # the same where the run is killed
 MOST_FILES = 10  # named in a tag
 
 RESUMED = "resumed."  # begins the tags of params that are others than when the run began
-CONTEXT = "mlflow.data.context"  # the tag of a data set that says what it is for
 
 # limits of MLflow's requests
 MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 250, 6000, 8000, 36
@@ -60,11 +59,6 @@ ALLOWED_URIS = (
     "(http://HOST:PORT), or a database as SQLAlchemy names it (postgresql+psycopg://USER@HOST/NAME after "
     "pip install 'psycopg[binary]'; mysql, mssql)"
 )
-
-
-class Request(NamedTuple):
-    what: str
-    send: Callable[[], object]
 
 
 class DatasetSplit(NamedTuple):
@@ -96,6 +90,7 @@ class MLflow:
         self.run_id = ""
         self._client: mlflow.tracking.MlflowClient
         self._experiment_id = ""
+        self._folder: Path | None = None  # of the run
         self._unsent: deque[Request] = deque()
         self._uploads: deque[Request] = deque()  # of files, for which nothing else waits
         self._away = False
@@ -143,27 +138,37 @@ class MLflow:
             raise
         except Exception as error:
             raise self._cannot_open(error) from error
+        self.finish_ended_runs()
 
     def _open_sqlite(self) -> None:
-        from filelock import FileLock
         from mlflow.tracking import MlflowClient
         from sqlalchemy.engine import make_url
 
         if make_url(self.uri).database in (None, "", ":memory:"):
             raise ValueError("it would be gone with the run")
-        uri = absolute(self.uri)
-        file = Path(str(make_url(uri).database))
-        # MLflow creates a missing folder, and tries for minutes to open a file that cannot be opened.
-        with closing(sqlite3.connect(file, timeout=ANSWER_SECONDS)) as connection:
-            connection.execute("PRAGMA schema_version")
-        for place in (file, file.parent):  # SQLite's journal stands beside the file
-            if not os.access(place, os.W_OK):
-                raise PermissionError(f"{place} cannot be written")
-        # Processes that open a new store at once would create its tables in a race.
-        with FileLock(f"{file}.lock", timeout=LOCK_SECONDS):
-            self._client = MlflowClient(uri)
+        url = make_url(absolute(self.uri))
+        with whole_sqlite(url):
+            self._client = MlflowClient(absolute(self.uri))
             # where an `mlflow server` that is started beside the file keeps artifacts too
-            self._ensure_experiment((file.parent / "mlartifacts").as_uri())
+            self._ensure_experiment((Path(str(url.database)).parent / "mlartifacts").as_uri())
+
+    def finish_ended_runs(self) -> None:
+        """Tell the store of the runs of this machine that are over, and that it calls running.
+
+        They were killed outright, or it did not answer when they ended.
+        """
+        try:
+            running = self.find({"host": socket.gethostname()}, everywhere=True, running=True)
+        except ConfigError as error:
+            logger.warning("Runs that are over may still be called running: %s", error)
+            return
+        for run in running:
+            try:
+                self._call(UPLOAD_SECONDS, partial(outbox.finish_if_ended, self._client, run))
+            except Exception as error:
+                logger.warning(
+                    "MLflow run %s is over, and still called running: %s", run.info.run_id, _first_line(error)
+                )
 
     def _ensure_experiment(self, artifacts: str | None = None) -> None:
         from mlflow.exceptions import MlflowException
@@ -237,8 +242,11 @@ class MLflow:
             known = params_of(reopened)
             changed = {key: value for key, value in flat.items() if known.get(key, value) != value}
             self.set_tags({**tags, **{f"{RESUMED}{key}": value for key, value in changed.items()}})
+        if "folder" in tags:
+            self._folder = Path(tags["folder"])
+            outbox.kept(self._folder, self.run_id).unlink(missing_ok=True)  # a run that goes on tells it all
         for file, text in (("config.yaml", config_yaml), ("command.txt", command + "\n")):
-            self._uploads.append(Request(file, partial(self._client.log_text, self.run_id, text, file)))
+            self._uploads.append(Request(file, "text", (text, file)))
         self._flush_uploads(SEND_SECONDS)
         return self.run_id
 
@@ -282,18 +290,18 @@ class MLflow:
         return None
 
     def _log_params(self, params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
+        for batch in _batches(list(params.items()), MAX_PARAMS):
+            self._send(Request("params", "params", batch))
 
-        items = [Param(key, value) for key, value in params.items()]
-        for batch in _batches(items, MAX_PARAMS):
-            self._send("params", partial(self._client.log_batch, self.run_id, params=batch))
-
-    def find(self, tags: Mapping[str, str], everywhere: bool = False) -> list["mlflow.entities.Run"]:
+    def find(
+        self, tags: Mapping[str, str], everywhere: bool = False, running: bool = False
+    ) -> list["mlflow.entities.Run"]:
         """The experiment's runs that have all these tags, newest first.
 
         Args:
             tags: of the runs.
             everywhere: look in all experiments of the store.
+            running: only those that the store calls running.
 
         Raises:
             ConfigError: the store does not answer any more.
@@ -304,6 +312,8 @@ class MLflow:
             f"tags.`{key}` = " + (f'"{value}"' if "'" in value else f"'{value}'")
             for key, value in sayable.items()
         )
+        if running:
+            wanted += " and attributes.status = 'RUNNING'"
         experiments = [self._experiment_id]
         if everywhere:
             experiments = [each.experiment_id for each in self._all_of(self._client.search_experiments)]
@@ -332,39 +342,34 @@ class MLflow:
         `timestamp_ms` is in milliseconds since 1970, now if None. MLflow doubles a metric that is sent
         again with another timestamp, and not one with the same; of two at one epoch it shows the later.
         """
-        from mlflow.entities import Metric
-
         when = self._now() if timestamp_ms is None else timestamp_ms
         self._latest = max(self._latest, when)
         # MLflow's pages show metrics in the order of their arrival, and the compare page plots the first
-        items = [Metric(key, float(metrics[key]), when, epoch) for key in sorted(metrics, key=_importance)]
+        items = [(key, float(metrics[key]), when, epoch) for key in sorted(metrics, key=_importance)]
         for batch in _batches(items, MAX_METRICS):
-            self._send(f"epoch {epoch}", partial(self._client.log_batch, self.run_id, metrics=batch))
+            self._send(Request(f"epoch {epoch}", "metrics", batch))
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a file to the run's artifacts, there into `folder`. The only call that may wait long."""
-        upload = partial(self._client.log_artifact, self.run_id, str(path), folder)
-        self._uploads.append(Request(path.name, upload))
+        self._uploads.append(Request(path.name, "file", (str(path.absolute()), folder)))
         self._flush_uploads(UPLOAD_SECONDS)
 
     def log_datasets(self, splits: Mapping[str, DatasetSplit]) -> None:
         """Name what the run works on in MLflow's own field, by what it is for: `train`, `val` or `test`."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
         used = [
-            DatasetInput(
-                Dataset(
-                    name=split.name,
-                    digest=split.digest[:MAX_DIGEST_LENGTH],
-                    source_type="local",
-                    source=json.dumps({"uri": split.place}),
-                    profile=json.dumps({"num_rows": split.images}),
-                ),
-                [InputTag(CONTEXT, context)],
+            (
+                {
+                    "name": split.name,
+                    "digest": split.digest[:MAX_DIGEST_LENGTH],
+                    "source_type": "local",
+                    "source": json.dumps({"uri": split.place}),
+                    "profile": json.dumps({"num_rows": split.images}),
+                },
+                context,
             )
             for context, split in splits.items()
         ]
-        self._send("data sets", partial(self._client.log_inputs, self.run_id, datasets=used))
+        self._send(Request("data sets", "data sets", used))
 
     def watch_system(self) -> None:
         """Log the load of CPU, memory, disk, network and GPUs until the run ends, if that is switched on.
@@ -399,11 +404,8 @@ class MLflow:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run, or replace them."""
-        from mlflow.entities import RunTag
-
-        items = [RunTag(key, value) for key, value in _tags(tags).items()]
-        for batch in _batches(items, MAX_TAGS):
-            self._send("tags", partial(self._client.log_batch, self.run_id, tags=batch))
+        for batch in _batches(list(_tags(tags).items()), MAX_TAGS):
+            self._send(Request("tags", "tags", batch))
 
     def finish(self, status: str) -> None:
         """End the run as `FINISHED`, `FAILED` or `KILLED`, after a last attempt to send what is unsent.
@@ -413,8 +415,7 @@ class MLflow:
         if not self.run_id:
             return
         self._unwatch_system()
-        ended = partial(self._client.set_terminated, self.run_id, status, end_time=self._now())
-        end = Request("status", ended)
+        end = Request("status", "end", (status, self._now()))
         if status == "KILLED":
             self._killed = True
             self._uploads.clear()
@@ -429,7 +430,8 @@ class MLflow:
         if lacking := [*self._unsent, *self._uploads]:
             missing = ", ".join(dict.fromkeys(request.what for request in lacking))
             logger.warning(
-                "MLflow at %s does not answer: its run %s lacks %s.", self.uri, self.run_id, missing
+                "MLflow at %s does not answer: its run %s lacks %s.%s",
+                *(self.uri, self.run_id, missing, self._keep(lacking)),
             )
             self._unsent.clear()
             self._uploads.clear()
@@ -438,9 +440,19 @@ class MLflow:
         """Milliseconds since 1970; never before a time that the run has, maybe of another clock."""
         return max(time.time_ns() // 1_000_000, self._latest)
 
-    def _send(self, what: str, send: Callable[[], object]) -> None:
+    def _keep(self, lacking: list[Request]) -> str:
+        """Leave the end of a run to the next command, with what else is unsent; a sentence that says so."""
+        if self._folder is None or not self._unsent:  # a run that has its end is not looked for
+            return ""
+        try:
+            path = outbox.keep(self._folder, self.run_id, lacking)
+        except OSError as error:
+            return f" That cannot be kept ({error})."
+        return f" It is kept in {path}; the next command on this machine that opens this store sends it."
+
+    def _send(self, request: Request) -> None:
         """Send a request after those that are unsent, unless the store was found away a moment ago."""
-        self._unsent.append(Request(what, send))
+        self._unsent.append(request)
         started = time.monotonic()
         if started >= self._retry_at:
             self._flush(SEND_SECONDS, SEND_SECONDS)
@@ -458,9 +470,9 @@ class MLflow:
             try:
                 # a store that does not answer gets no time for an upload
                 self._call(min(seconds, ANSWER_SECONDS), partial(self._client.get_run, self.run_id))
-                self._call(seconds, request.send)
+                self._call(seconds, partial(outbox.send, self._client, self.run_id, request))
             except Exception as error:
-                if _may_pass(error):
+                if may_pass(error):
                     if not (self._uploads_failed or self._away):
                         logger.warning(
                             "MLflow at %s does not take %s (%s). Training goes on; what it lacks is kept, and"
@@ -481,9 +493,9 @@ class MLflow:
         while self._unsent and time.monotonic() < end:
             request = self._unsent[0]
             try:
-                self._call(answer, request.send)
+                self._call(answer, partial(outbox.send, self._client, self.run_id, request))
             except Exception as error:
-                if _may_pass(error):
+                if may_pass(error):
                     if not self._away:
                         logger.warning(
                             "MLflow at %s does not answer (%s). Training goes on; what it lacks is kept, and "
@@ -515,6 +527,9 @@ class NoTracking:
     def open(self) -> None:
         """There is nothing to open."""
 
+    def finish_ended_runs(self) -> None:
+        """There are no runs to end."""
+
     def start(
         self,
         name: str,
@@ -529,7 +544,9 @@ class NoTracking:
         """Return an empty run ID."""
         return self.run_id
 
-    def find(self, tags: Mapping[str, str], everywhere: bool = False) -> list["mlflow.entities.Run"]:
+    def find(
+        self, tags: Mapping[str, str], everywhere: bool = False, running: bool = False
+    ) -> list["mlflow.entities.Run"]:
         """There are no runs to find."""
         return []
 
@@ -737,20 +754,6 @@ def _importance(metric: str) -> tuple[int, int, bool]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: no answer, a server in trouble, a locked database."""
-    from mlflow.exceptions import MlflowException
-    from requests import HTTPError, RequestException
-
-    if isinstance(error, MlflowException):
-        status = error.get_http_status_code()
-    elif isinstance(error, HTTPError) and error.response is not None:
-        status = error.response.status_code
-    else:
-        return isinstance(error, RequestException | TimeoutError)
-    return status >= 500 or status == 429
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Folders of images, good and bad."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from okddip.data import folder
 from okddip.data.folder import read_image, scale_and_crop, scan
 from okddip.data.sources import Source, image_folder
 from okddip.errors import ConfigError
+from okddip.signals import stop_on_signals
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -131,6 +133,35 @@ def test_a_cache_folder_that_cannot_be_written_is_warned_about(
     source = image_folder(str(root), str(root.parent / "file" / "cache"))
     assert len(source.train.labels) == 6
     assert "dataset.cache_dir=" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stop_while_a_cache_is_written_costs_no_room(
+    root: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(content: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        file.flush()  # type: ignore[attr-defined]
+        time.sleep(60)
+
+    def write() -> None:
+        monkeypatch.setattr(torch, "save", half)
+        with stop_on_signals():
+            load(root)
+
+    process = multiprocessing.get_context("fork").Process(target=write)
+    process.start()
+    cache = root.parent / "cache"
+    while not (cache.is_dir() and any(path.stat().st_size for path in cache.iterdir())):
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid or 0, number)
+    process.join()
+    for left in cache.iterdir():
+        assert number == signal.SIGKILL
+        os.utime(left, (0, 0))  # long ago: another process may be writing what is new
+    load(root)
+    assert [path.suffix for path in cache.iterdir()] == [".pt"]
 
 
 def test_a_full_disk_leaves_no_half_written_cache(

@@ -535,7 +535,7 @@ def test_whatever_fails_at_the_end_of_a_sweep_is_shown_and_its_parent_closed(
     def fail(*_: object) -> None:
         raise OSError("no more handles")
 
-    monkeypatch.setattr("okddip.sweeps.sweep.close_children", fail)
+    monkeypatch.setattr("okddip.sweeps.sweep.report", fail)
     answer = okddip("-m", *SMALL, "method=baseline", "seed=0")
     assert answer.code == 0
     assert "The end of the sweep is not whole:" in answer.out + answer.err

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -98,6 +99,7 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
         params=cast(dict[str, Any], OmegaConf.to_container(config)),
         tags={
             "task": "benchmark",
+            "folder": HydraConfig.get().runtime.output_dir,
             **{name: str(option) for name, option in config.options.items()},
             "device": str(parts.trainer.device),
         },
