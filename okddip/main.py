@@ -206,7 +206,6 @@ def build(config: DictConfig) -> Parts:
     """
     import torch
 
-    from okddip import checkpoint
     from okddip.data.loader import seed_of
     from okddip.data.options import check_options
     from okddip.models.group import PeerGroup
@@ -246,10 +245,7 @@ def build(config: DictConfig) -> Parts:
             from okddip.teacher import provide
 
             reference = provide(config, build)
-        uri = config.tracking.get("uri")
-        teacher = distributed.from_rank_0(
-            lambda: checkpoint.load(checkpoint.find("method.teacher", reference, uri))
-        )
+        teacher = distributed.from_rank_0(lambda: read_teacher(config, reference))
 
     with distributed.first_on_this_machine():
         dataset = make("dataset", config.dataset)
@@ -317,6 +313,21 @@ def restore(state: dict[str, Any], trust: Trust, source: object) -> tuple[PeerGr
     group = PeerGroup(make_backbone, method.peers, method.structure, method.rescale)
     checkpoint.restore(state, group=group, method=method)
     return group, method
+
+
+def read_teacher(config: DictConfig, reference: str) -> dict[str, Any]:
+    """The checkpoint of a teacher, if it names nothing but parts that may be built.
+
+    Raises:
+        ConfigError: it does, or there is no such checkpoint.
+    """
+    from okddip import checkpoint
+
+    path = checkpoint.find("method.teacher", reference, config.tracking.get("uri"))
+    state = checkpoint.load(path)
+    trust_of(config).check(state["config"], path)
+    checkpoint.warn_of_other_version(state, path)
+    return state
 
 
 def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -> Backbone:
