@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from okddip.deployment.classifier import Classifier
@@ -12,12 +13,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(folder: str | Path) -> Classifier:
+def load(folder: str | Path, trust: Sequence[str] = ()) -> Classifier:
     """The network in a folder that `okddip task=export` wrote, ready for `predict(images)`.
 
+    Args:
+        folder: with `model.json` and `model.safetensors`; whoever wrote it, no code of theirs runs.
+        trust: modules of your own, such as ["mine"], in which the model may be defined as well.
+
     Raises:
-        ConfigError: the folder holds no exported network, or a damaged one.
+        ConfigError: the folder holds no exported network, a damaged one, or one whose model is not trusted.
     """
     from okddip.deployment.classifier import load  # importing okddip must not import torch
 
-    return load(folder)
+    return load(folder, trust)

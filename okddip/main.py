@@ -11,10 +11,10 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
@@ -24,11 +24,12 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.utils import get_method, get_object, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from hydra.utils import get_method, get_object
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from okddip import distributed
+from okddip.assembly import CONFIG_HOME, Trust, make, plain, trust_of
 from okddip.errors import ConfigError, Incompatible, check_number
 from okddip.signals import stop_on_signals
 from okddip.sweeps import sweep
@@ -45,10 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# In a wheel conf/ and multirun_presets/ travel inside the package; in a checkout they stand beside it.
-PACKAGE = Path(__file__).resolve().parent
-CONFIG_HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
-
 TASKS_OF_RANKS = ("okddip.tasks.train.train", "okddip.tasks.benchmark.task.benchmark")
 
 
@@ -57,7 +54,7 @@ LEAST_ROOM = 2**16  # bytes; what Hydra writes before a run begins, and more
 # Keys that the program itself reads, and that can be deleted (`~optimizer.lr`)
 READ = (
     *("task", "method", "model", "dataset", "optimizer", "scheduler", "trainer", "tracking", "options"),
-    *("seed", "name", "options.method", "options.model", "options.dataset", "optimizer.lr"),
+    *("seed", "name", "trust", "options.method", "options.model", "options.dataset", "optimizer.lr"),
     *("dataset.name", "dataset.cache_dir", "trainer.epochs", "trainer.resume", "trainer.rerun"),
 )
 
@@ -160,6 +157,8 @@ def check(config: DictConfig) -> None:
     if missing := OmegaConf.missing_keys(config):
         keys = ", ".join(sorted(missing))
         raise ConfigError(f"{keys}: not given. Add {sorted(missing)[0]}=... to the command.")
+    # what was written as \\${...} is one interpolation more when it is read again
+    plain(OmegaConf.to_container(config), "", "configuration")
     for key in READ:
         parent, _, name = key.rpartition(".")
         section = OmegaConf.select(config, parent) if parent else config
@@ -216,7 +215,6 @@ def build(config: DictConfig) -> Parts:
     from okddip.sweeps.teacher import described
     from okddip.tasks.train import Parts
     from okddip.tracking.tracker import NoTracking
-    from okddip.training import checkpoint
     from okddip.training.rehearsal import check_memory, rehearse
 
     trainer = make("trainer", config.trainer, choose_gpu=sweep.gpu_in_turn)
@@ -250,10 +248,7 @@ def build(config: DictConfig) -> Parts:
             from okddip.sweeps.teacher import provide
 
             reference = provide(config, build)
-        uri = config.tracking.get("uri")
-        teacher = distributed.from_rank_0(
-            lambda: checkpoint.load(checkpoint.find("method.teacher", reference, uri))
-        )
+        teacher = distributed.from_rank_0(lambda: read_teacher(config, reference))
 
     with distributed.first_on_this_machine():
         dataset = make("dataset", config.dataset)
@@ -291,13 +286,22 @@ def build(config: DictConfig) -> Parts:
     return Parts(trainer, tracker, dataset, group, method, optimizer, schedule, known)
 
 
-def restore(state: dict[str, Any]) -> tuple[PeerGroup, Method]:
-    """The group and the method that a checkpoint holds, on the CPU."""
+def restore(state: dict[str, Any], trust: Trust, source: object) -> tuple[PeerGroup, Method]:
+    """The group and the method that a checkpoint holds, on the CPU.
+
+    Args:
+        state: of the checkpoint.
+        trust: what its configuration may name.
+        source: the checkpoint, for messages.
+
+    Raises:
+        ConfigError: its configuration names parts that are not trusted, or that its weights do not fit.
+    """
     from okddip.models.group import PeerGroup
     from okddip.training import checkpoint
 
+    trust.check(state["config"], source)
     config = OmegaConf.create(state["config"])
-    check_targets(config)
     make_backbone = partial(
         make, "model", config.model, num_classes=len(state["classes"]), in_channels=state["channels"]
     )
@@ -314,61 +318,19 @@ def restore(state: dict[str, Any]) -> tuple[PeerGroup, Method]:
     return group, method
 
 
-def check_targets(config: DictConfig) -> None:
-    """See that what a checkpoint's configuration names as its parts are such parts, before they are called.
-
-    Anybody may have written the file, and Hydra would call whatever it names.
+def read_teacher(config: DictConfig, reference: str) -> dict[str, Any]:
+    """The checkpoint of a teacher, if it names nothing but parts that may be built.
 
     Raises:
-        ConfigError: something else is named.
+        ConfigError: it does, or there is no such checkpoint.
     """
-    import torch
+    from okddip.training import checkpoint
 
-    from okddip.data.dataset import Dataset
-    from okddip.data.sources import Source
-    from okddip.data.streaming import StreamingDataset
-    from okddip.methods.base import Method
-    from okddip.models.backbone import Backbone
-    from okddip.training.schedules import Schedule
-    from okddip.training.trainer import Trainer
-
-    kinds: dict[str, tuple[Any, ...]] = {
-        "model": (Backbone,),
-        "method": (Method,),
-        "dataset": (Dataset, StreamingDataset),
-        "dataset.source": (Source,),
-        "optimizer": (torch.optim.Optimizer,),
-        "scheduler": (Schedule,),
-        "trainer": (Trainer,),
-    }
-    for key, target in targets(config):
-        allowed = kinds.get(key, ())
-        try:
-            named = get_object(str(target))
-            made = named if isinstance(named, type) else get_type_hints(named).get("return")
-        except Exception:  # of whatever module is imported for it
-            made = None
-        classes = tuple(kind for kind in allowed if isinstance(kind, type))
-        if made not in allowed and not (isinstance(made, type) and issubclass(made, classes)):
-            names = " or ".join(getattr(kind, "__name__", "Schedule") for kind in allowed)
-            what = f"a subclass of {names} or a function annotated to return one" if allowed else "absent"
-            raise ConfigError(
-                f"{key}._target_={target}: is what the checkpoint would have called, and may be anything. It"
-                f" must be {what}."
-            )
-
-
-def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every `_target_` in a configuration, with the key that it stands under."""
-    if isinstance(node, DictConfig):
-        if "_target_" in node:
-            yield key, node["_target_"]
-        for name, value in node.items():
-            if f"{key}.{name!s}" not in (".task", ".tracking"):  # the command has its own
-                yield from targets(value, f"{key}.{name!s}".lstrip("."))
-    elif isinstance(node, ListConfig):
-        for index, value in enumerate(node):
-            yield from targets(value, f"{key}.{index}")
+    path = checkpoint.find("method.teacher", reference, config.tracking.get("uri"))
+    state = checkpoint.load(path)
+    trust_of(config).check(state["config"], path)
+    checkpoint.warn_of_other_version(state, path)
+    return state
 
 
 def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -> Backbone:
@@ -408,7 +370,7 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
             *(config.options.dataset, *dataset.image_size),
         )
     try:
-        group, method = restore(state)
+        group, method = restore(state, trust_of(config), f"method.teacher={config.method.teacher}")
     except ConfigError as error:
         raise ConfigError(f"method.teacher={config.method.teacher}: {error}") from error
     teacher = group.extract(method.kept)
@@ -423,28 +385,6 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
 
 def rounded(numbers: Sequence[float]) -> str:
     return f"[{','.join(f'{number:.4g}' for number in numbers)}]"
-
-
-def make(key: str, node: DictConfig, **arguments: Any) -> Any:
-    """Instantiate a part of the configuration.
-
-    Raises:
-        ConfigError: the part's own, or one that names the group and the options it did not take.
-    """
-    if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
-        raise ConfigError(f"{key}._target_: names what is to be made, and is not there. See conf/{key}.")
-    try:
-        return instantiate(node, **arguments)
-    except Exception as error:  # not all of Hydra's own are HydraExceptions
-        cause: BaseException = error
-        while cause.__cause__ is not None and not isinstance(cause, ConfigError):
-            cause = cause.__cause__
-        if isinstance(cause, ConfigError):
-            raise cause from None
-        options = ", ".join(f"{name!s}={value}" for name, value in node.items())
-        raise ConfigError(
-            f"{key}: cannot be made ({type(cause).__name__}: {cause}) with {options}. See conf/{key}."
-        ) from error
 
 
 def check_choices(overrides: list[str]) -> None:

@@ -10,16 +10,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from hydra.errors import HydraException
-from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from okddip.assembly import NotTrusted, Trust, make, plain, trust_in
 from okddip.data.augment import Normalization, normalization, normalize
 from okddip.data.folder import convert, read_image, scale_and_crop
 from okddip.deployment.predictors import Ensemble
 from okddip.errors import ConfigError
 from okddip.models.group import PeerGroup
+from okddip.training import checkpoint
 from okddip.training.finite import not_finite
 
 BATCH = 256  # images at a time in `predict`
@@ -161,28 +162,38 @@ class Classifier(nn.Module):
         return [self.classes[index] for index in self.predict_proba(images).argmax(-1).tolist()]
 
 
-def load(folder: str | Path) -> Classifier:
+def load(folder: str | Path, trust: Sequence[str] = ()) -> Classifier:
     """The network in a folder that `okddip task=export` wrote, on the CPU.
 
-    It imports and calls what `model.json` names as the model: load folders that you trust.
+    A folder of a stranger's can give wrong predictions, and no more: of what `model.json` names, only models
+    of this program and modules of torch.nn are built, and no weights are unpickled.
+
+    Args:
+        folder: with `model.json` and `model.safetensors`.
+        trust: modules of your own, such as ["mine"], in which the model may be defined as well.
 
     Raises:
-        ConfigError: the folder holds no exported network, or a damaged one.
+        ConfigError: the folder holds no exported network, a damaged one, or one whose model is not trusted.
     """
+    return read(Path(folder).expanduser(), trust_in(trust))
+
+
+def read(folder: Path, trust: Trust) -> Classifier:
+    """See `load`."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
         raise ConfigError(f"Loading needs {error.name}: pip install 'okddip[export]'") from error
-    folder = Path(folder).expanduser()
     try:
         description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
-        network = build_network(description)
+        network = build_network(description, trust, folder / "model.json")
         network.load_state_dict(weights)
         if broken := not_finite(network):
             raise ConfigError(f"{folder}: its weights are not finite ({broken}); export another checkpoint.")
         preprocessing = Preprocessing.from_plain(description["preprocessing"])
+        checkpoint.warn_of_other_version({"version": description["okddip"]}, folder)
         return Classifier(network, description["classes"], preprocessing)
     except OSError as error:
         raise ConfigError(
@@ -191,15 +202,20 @@ def load(folder: str | Path) -> Classifier:
         ) from error
     except KeyError as error:
         raise ConfigError(f"{folder}: is damaged (model.json has no {error}); export it again.") from error
-    except (ValueError, TypeError, AttributeError, RuntimeError, HydraException, SafetensorError) as error:
+    except NotTrusted:
+        raise
+    except (ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: is damaged ({error}); export it again.") from error
 
 
-def build_network(description: dict[str, Any]) -> nn.Module:
+def build_network(description: dict[str, Any], trust: Trust, source: object) -> nn.Module:
     """The network that `model.json` describes, without its weights."""
+    config = plain({"model": description["model"]}, "", source)
+    trust.check(config, source)
     make_backbone = partial(
-        instantiate,
-        description["model"],
+        make,
+        "model",
+        OmegaConf.create(config).model,
         num_classes=len(description["classes"]),
         in_channels=description["preprocessing"]["channels"],
     )

@@ -23,7 +23,9 @@ def open_checkpoint(config: DictConfig) -> tuple[Path, dict[str, Any]]:
         ConfigError: it is not there, or no checkpoint.
     """
     path = checkpoint.find("checkpoint", str(config.checkpoint), config.tracking.get("uri"))
-    return path, checkpoint.load(path)
+    state = checkpoint.load(path)
+    checkpoint.warn_of_other_version(state, path)
+    return path, state
 
 
 def chosen_keys(task: str, settled: Collection[str]) -> set[str]:

@@ -20,6 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from okddip import distributed
+from okddip.assembly import make, trust_of
 from okddip.data.dataset import Dataset
 from okddip.errors import ConfigError, check_number
 from okddip.sweeps import sweep
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 # What may differ between two runs that are the same run: where things are and how they are logged; and what
 # several methods share, which counts where a method takes it.
-PLACES = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.", "methods.")
+PLACES = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.", "methods.", "trust")
 PLACES_OF_DATA = ("root", "cache_dir")
 FOLDERS = ("image_folder", "imagenet")  # data sets that are whatever lies in their place
 
@@ -91,7 +92,7 @@ def identity(config: DictConfig | dict[str, Any], lengths: Sequence[int] = ()) -
 
 
 def lengths_before(
-    run: Run, epochs: int, schedule: Callable[[int], float], ramp: Callable[[int], float]
+    run: Run, config: DictConfig, schedule: Callable[[int], float], ramp: Callable[[int], float]
 ) -> list[int]:
     """The lengths in epochs that a run was to have before it was made longer, if that makes it another.
 
@@ -100,19 +101,19 @@ def lengths_before(
 
     Args:
         run: that begins or goes on.
-        epochs: its length now.
+        config: of the command, with its length now.
         schedule, ramp: of a run of that length, by epoch.
     """
-    from okddip.main import make, restore
+    from okddip.main import restore
 
     if run.state is None:
         return []
     before = list(run.state.get("lengths", []))
     length = int(run.state["config"]["trainer"]["epochs"])
-    if length == epochs:
+    if length == config.trainer.epochs:
         return before
-    _, method = restore(run.state)
-    followed = make("scheduler", OmegaConf.create(run.state["config"]["scheduler"]), epochs=length)
+    _, method = restore(run.state, trust_of(config), run.folder)
+    followed = make("scheduler", OmegaConf.create(run.state["config"]).scheduler, epochs=length)
     finished = range(run.state["epoch"] + 1)
     as_if_so_long = all((followed(e), method.ramp(e)) == (schedule(e), ramp(e)) for e in finished)
     return before if as_if_so_long else [*before, length]
@@ -130,8 +131,6 @@ def digests(config: DictConfig) -> dict[str, str]:
 
 @cache
 def _digests(dataset: str, start_of_sweep: str) -> dict[str, str]:
-    from okddip.main import make
-
     made = make("dataset", DictConfig(OmegaConf.create(dataset)))
     return {split: made.digest(split) for split in made.sizes}
 
@@ -239,6 +238,7 @@ def take_up(config: DictConfig, folder: Path, tracking_id: str | None) -> Run:
     run = Run(folder, None, tracking_id or facts.get("tracking_id"), facts.get("store"), taken_up=True)
     if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
         run.state = checkpoint.load_last(folder)
+        checkpoint.warn_of_other_version(run.state, folder)
         refuse_other_settings(config, run.state, folder)
     with checkpoint.writing(folder):
         for leftover in [*folder.glob("*.new"), *folder.glob("*.tmp")]:
@@ -264,6 +264,7 @@ def adopt(config: DictConfig, folder: Path, path: Path, tracking_id: str | None)
         return checkpoint.find("trainer.resume", f"runs:/{tracking_id}/{name}", config.tracking.get("uri"))
 
     state = checkpoint.load(path, KEYS | TRAINING_KEYS)
+    checkpoint.warn_of_other_version(state, path)
     refuse_other_settings(config, state, path)
     run = new(config, folder)
     run.state, run.tracking_id = state, tracking_id

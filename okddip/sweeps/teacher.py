@@ -81,6 +81,8 @@ def configuration(config: DictConfig) -> DictConfig:
         ConfigError: there is no such model.
     """
     model = config.method.teacher_model
+    if ".." in str(model).split("/"):  # a checkpoint's, say, whose word chooses among the options alone
+        raise ConfigError(f"method.teacher_model={model}: must be an option of conf/model.")
     try:
         options = compose(HydraConfig.get().job.config_name, ["method=baseline", f"model={model}"])
     except HydraException as error:

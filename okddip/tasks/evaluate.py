@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from okddip.assembly import trust_of
 from okddip.data.weaknesses import weaknesses
 from okddip.deployment.predictors import chosen_keys, default_network, open_checkpoint
 from okddip.errors import ConfigError
@@ -58,12 +59,8 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
     """
     settled = ("method", "methods", "model", "optimizer", "scheduler", "experiment", "ablation", "seed")
     chosen = chosen_keys("evaluate", settled)
-    from okddip.main import (
-        check_targets,
-    )  # main knows the tasks, and this one what main makes of a checkpoint
-
     path, state = open_checkpoint(config)
-    check_targets(OmegaConf.create(state["config"]))
+    trust_of(config).check(state["config"], path)
     settings = evaluation_settings(config, chosen, state)
     parts = build(settings)
     check_images(settings, state, parts)
@@ -141,7 +138,10 @@ def evaluation_settings(config: DictConfig, chosen: set[str], state: dict[str, A
         ConfigError: the teacher is nowhere.
     """
     settings = OmegaConf.create(state["config"])
-    settings.tracking = config.tracking
+    settings.tracking, settings.trust = config.tracking, config.trust
+    for place in (settings.dataset, settings.dataset.get("source")):
+        if place and "cache_dir" in place:  # where this machine keeps them; nobody else says where to write
+            place.cache_dir = config.dataset.cache_dir
     if "methods.teacher" in chosen:
         settings.method.teacher = config.methods.teacher
     elif settings.method.get("teacher") == "auto":

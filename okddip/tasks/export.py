@@ -20,7 +20,8 @@ from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 
 import okddip
-from okddip.deployment.classifier import Classifier, Preprocessing, load
+from okddip.assembly import Trust, trust_of
+from okddip.deployment.classifier import Classifier, Preprocessing, read
 from okddip.deployment.predictors import chosen_keys, default_network, extract, networks, open_checkpoint
 from okddip.errors import ConfigError, check_choice
 from okddip.text import for_terminal
@@ -37,8 +38,8 @@ class Format(NamedTuple):
     needs: tuple[str, ...]  # packages of the extra `export`
     # (network, description as of model.json, path) -> None
     write: Callable[[Classifier, dict[str, Any], Path], None]
-    # (path, pixels [B, H, W, C], images [B, C, H, W]) -> what the written file answers, [B, K]
-    run: Callable[[Path, Tensor, Tensor], Tensor]
+    # (path, pixels [B, H, W, C], images [B, C, H, W], what may be built) -> what the file answers, [B, K]
+    run: Callable[[Path, Tensor, Tensor, Trust], Tensor]
     gives: str = "logits"
 
 
@@ -81,7 +82,8 @@ def export(config: DictConfig, build: Callable[..., Any]) -> str:
         raise ConfigError(f"export.out={folder}: is there already. Name a new folder, or remove it.")
     path, state = open_checkpoint(config)
     with quiet():  # warnings about a schedule concern training
-        group, method = restore(state)
+        trust = trust_of(config)
+        group, method = restore(state, trust, path)
     predictor = config.export.predictor
     if predictor is None:
         predictor = default_network(method, state["history"])
@@ -97,7 +99,7 @@ def export(config: DictConfig, build: Callable[..., Any]) -> str:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
             written = Path(temporary) / "export"
             written.mkdir()
-            rows = write(classifier, description, names, written)
+            rows = write(classifier, description, names, written, trust)
             written.rename(folder)
     except OSError as error:
         raise ConfigError(f"export.out={folder}: cannot be written ({error.strerror or error}).") from error
@@ -155,7 +157,9 @@ def describe(
     }
 
 
-def write(classifier: Classifier, description: dict[str, Any], names: list[str], folder: Path) -> list[str]:
+def write(
+    classifier: Classifier, description: dict[str, Any], names: list[str], folder: Path, trust: Trust
+) -> list[str]:
     """Write all formats and compare what each answers with PyTorch; a row of a table for each.
 
     Raises:
@@ -178,7 +182,7 @@ def write(classifier: Classifier, description: dict[str, Any], names: list[str],
                 form.write(classifier, description, path)
             except OSError as error:
                 raise OSError(error.errno, f"{form.file}: {error.strerror or error}") from error
-            answer = form.run(path, pixels, images)
+            answer = form.run(path, pixels, images, trust)
         truth = expected[form.gives]
         if not truth.isfinite().all():
             raise ConfigError(
@@ -224,9 +228,9 @@ def write_safetensors(classifier: Classifier, description: dict[str, Any], path:
     path.write_bytes(save(state, {"format": "pt", "okddip": json.dumps(description)}))
 
 
-def run_safetensors(path: Path, pixels: Tensor, images: Tensor) -> Tensor:
+def run_safetensors(path: Path, pixels: Tensor, images: Tensor, trust: Trust) -> Tensor:
     with torch.inference_mode():
-        return load(path.parent).network(images)
+        return read(path.parent, trust).network(images)
 
 
 def write_torch(classifier: Classifier, description: dict[str, Any], path: Path) -> None:
@@ -236,7 +240,7 @@ def write_torch(classifier: Classifier, description: dict[str, Any], path: Path)
     save_program(program, path, {"model.json": json.dumps(description)})
 
 
-def run_torch(path: Path, pixels: Tensor, images: Tensor) -> Tensor:
+def run_torch(path: Path, pixels: Tensor, images: Tensor, trust: Trust) -> Tensor:
     with torch.inference_mode():
         return torch.export.load(path).module()(images)
 
@@ -257,7 +261,7 @@ def write_onnx(classifier: Classifier, description: dict[str, Any], path: Path) 
     program.save(path, external_data=False)
 
 
-def run_onnx(path: Path, pixels: Tensor, images: Tensor) -> Tensor:
+def run_onnx(path: Path, pixels: Tensor, images: Tensor, trust: Trust) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -294,7 +298,7 @@ def write_mlflow(classifier: Classifier, description: dict[str, Any], path: Path
         )
 
 
-def run_mlflow(path: Path, pixels: Tensor, images: Tensor) -> Tensor:
+def run_mlflow(path: Path, pixels: Tensor, images: Tensor, trust: Trust) -> Tensor:
     import mlflow
 
     table = mlflow.pyfunc.load_model(str(path)).predict(pixels.numpy())

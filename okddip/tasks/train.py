@@ -73,7 +73,7 @@ def train(
         digests = {split: parts.dataset.digest(split) for split in parts.dataset.sizes}
         distributed.agree({f"the digest of its {split} images": word for split, word in digests.items()})
         resume.refuse_other_data(run, parts.dataset, digests)
-        lengths = resume.lengths_before(run, config.trainer.epochs, parts.schedule, parts.method.ramp)
+        lengths = resume.lengths_before(run, config, parts.schedule, parts.method.ramp)
         identity = resume.identity(config, lengths)
         if distributed.rank() == 0:
             resume.note(run, data=resume.fingerprint(digests), identity=identity)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -11,10 +13,14 @@ from typing import IO, Any
 
 import torch
 
+import okddip
+from okddip.assembly import plain
 from okddip.errors import ConfigError
 from okddip.training.finite import not_finite
 
 log = logging.getLogger(__name__)
+
+UNSAFE = re.compile(r"(GLOBAL [\w.]+|(?:Trying to|Can only|Unsupported) [^\n]{1,100})")
 
 # what everybody needs of a checkpoint, and what a run needs beside it to go on
 KEYS = {
@@ -22,6 +28,11 @@ KEYS = {
     **{"classes": list, "channels": int, "image_size": list, "mean": list, "std": list},
 }
 TRAINING_KEYS = {"timestamp_ms": int, "metrics": dict, "optimizer": dict, "scaler": dict}
+# kinds of their items; what is text there may say whatever class and file names say
+ITEMS: dict[str, Any] = {
+    **{"classes": str, "digests": str, "image_size": int, "lengths": int},
+    **{"mean": int | float, "std": int | float, "metrics": int | float, "history": int | float},
+}
 GROUPS = ("method", "model", "dataset", "optimizer", "scheduler", "trainer", "options")  # of its config
 
 
@@ -130,19 +141,59 @@ def load(path: Path, keys: dict[str, type] | None = None) -> dict[str, Any]:
         keys: what it must hold; by default what is needed to use its networks.
 
     Raises:
-        ConfigError: the file is no whole checkpoint of this program.
+        ConfigError: the file is no whole checkpoint of this program, or its configuration is not resolved.
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            refuse_inflated(archive, path)
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
+    except pickle.UnpicklingError as error:
+        # PyTorch's message goes on to say how to run what the file holds all the same
+        found = UNSAFE.search(str(error))
+        what = f" ({found[1].rstrip('.')})" if found else ""
+        raise ConfigError(
+            f"{path}: cannot be read as a checkpoint: it holds more than tensors and plain data{what}. It is"
+            " damaged, or made to run code where it is opened: do not trust the file."
+        ) from None
     except Exception as error:  # there is hardly one that a damaged pickle cannot raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{path}: cannot be read as a checkpoint ({reason}).") from error
     refuse_foreign(state, keys or KEYS, path)
+    state["config"] = plain(state["config"], "", path)
     return state
+
+
+def refuse_inflated(archive: zipfile.ZipFile, path: Path) -> None:
+    """Refuse a zip archive that says of its parts that they are larger than the file, before they are read.
+
+    PyTorch stores the parts of a checkpoint as they are.
+
+    Raises:
+        ConfigError: they are compressed, or lie over one another.
+    """
+    parts = archive.infolist()
+    size = path.stat().st_size
+    claimed = sum(part.file_size for part in parts)
+    if claimed > size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise ConfigError(
+            f"{path}: is no checkpoint of this program: its parts would take {claimed:,} bytes, and the"
+            f" file has {size:,}; a checkpoint is not compressed. Do not trust the file."
+        )
+
+
+def warn_of_other_version(state: dict[str, Any], source: object) -> None:
+    """Say that another version of the program wrote a file: it may have computed otherwise."""
+    if state["version"] != okddip.__version__:
+        log.warning(
+            "%s: was written by okddip %s, and this is okddip %s. Numbers may differ where the program has"
+            " changed in between.",
+            *(source, state["version"], okddip.__version__),
+        )
 
 
 def refuse_foreign(state: Any, keys: dict[str, type], path: Path) -> None:
@@ -158,6 +209,14 @@ def refuse_foreign(state: Any, keys: dict[str, type], path: Path) -> None:
         missing += [f"config.{group}" for group in GROUPS if not isinstance(state["config"].get(group), dict)]
     if missing:
         raise ConfigError(f"{path}: is no checkpoint of this program: it lacks {', '.join(missing)}.")
+    for key, kind in ITEMS.items():
+        items = state.get(key, ())
+        for item in items.values() if isinstance(items, dict) else items:
+            inner = item.values() if key == "history" and isinstance(item, dict) else [item]
+            if not all(isinstance(value, kind) for value in inner):
+                raise ConfigError(
+                    f"{path}: is no checkpoint of this program: {key} holds a {type(item).__name__}."
+                )
 
 
 def load_last(folder: Path) -> dict[str, Any]:

@@ -179,26 +179,6 @@ def test_what_cannot_be_written_is_named(okddip: Okddip, name: str) -> None:
     assert "Traceback" not in answer.err
 
 
-def test_what_a_checkpoint_names_is_called_only_if_it_is_such_a_part(okddip: Okddip, tmp_path: Path) -> None:
-    train(okddip, "tracking=none", "trainer.epochs=1", "trainer.limit_batches=1")
-    evil = {"_target_": "okddip.training.checkpoint.write_text", "path": "pwned", "text": "pwned"}
-    for part in ("model", "method", "dataset", "optimizer", "scheduler", "trainer"):
-        for place in ("", ".extra.0"):
-            state = checkpoint.load(tmp_path / "run" / "last.pt")
-            if place:
-                state["config"][part]["extra"] = [evil]
-            else:
-                state["config"][part] = evil
-            torch.save(state, tmp_path / "evil.pt")
-            answer = okddip(*EVALUATE, "checkpoint=evil.pt", "tracking=none")
-            assert answer.code == 1
-            assert (
-                f"{part}{place}._target_=okddip.training.checkpoint.write_text: is what the checkpoint"
-                in answer.err
-            )
-            assert not (tmp_path / "pwned").exists()
-
-
 def test_a_server_that_does_not_answer_is_named_at_once(okddip: Okddip) -> None:
     with socket.socket() as silent:  # takes connections and says nothing
         silent.bind(("127.0.0.1", 0))

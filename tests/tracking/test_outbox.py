@@ -20,7 +20,7 @@ from test_tracking import free_port, mlflow_server
 from okddip.tracking import tracker as tracking
 from okddip.tracking.tracker import DatasetSplit, MLflow, open_store, outbox
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("dataset=digits", "model=resnet8", "method=baseline", "trainer.epochs=2", "trainer.limit_batches=1")
 
 

@@ -18,12 +18,11 @@ import pytest
 from mlflow.store.db import utils
 from sqlalchemy import Engine, NullPool, create_engine, event
 
-from okddip import store
 from okddip.errors import ConfigError
 from okddip.signals import stop_on_signals
-from okddip.tracking.tracker import MLflow, open_store
+from okddip.tracking.tracker import MLflow, open_store, store
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = ("experiment=quickstart", "trainer.epochs=1", "trainer.limit_batches=1")
 
 

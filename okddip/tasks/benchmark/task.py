@@ -237,7 +237,8 @@ def with_synthetic_images(config: DictConfig, shape: Shape, learned: dict[str, A
         "source": {
             "_target_": "okddip.tasks.benchmark.task.synthetic",
             "shape": [height, width, shape.channels],
-            "classes": classes,
+            # names are no configuration: one may be written as an interpolation is
+            "class_names": json.dumps(classes).replace("$", "\\u0024"),
             # whole batches: their sizes are what is measured
             "train": max(most // batch, math.ceil(shape.classes / batch)) * batch,
             "test": EVALUATION_BATCHES * config.trainer.eval_batch_size,
@@ -246,8 +247,15 @@ def with_synthetic_images(config: DictConfig, shape: Shape, learned: dict[str, A
     return config
 
 
-def synthetic(shape: Sequence[int], classes: Sequence[str], train: int, test: int) -> Source:
-    """Random images of a shape, (height, width, channels); a source for `okddip.data.dataset.Dataset`."""
+def synthetic(shape: Sequence[int], class_names: str, train: int, test: int) -> Source:
+    """Random images of a shape, (height, width, channels); a source for `okddip.data.dataset.Dataset`.
+
+    Args:
+        shape: of an image.
+        class_names: a list in JSON.
+        train, test: numbers of images.
+    """
+    classes = json.loads(class_names)
     generator = torch.Generator().manual_seed(0)
 
     def split(size: int) -> Split:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import yaml
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from okddip.assembly import PARTS, plain
 from okddip.errors import ConfigError
 from okddip.text import for_shell, for_shell_word, okddip_command
 
@@ -71,7 +73,7 @@ def reproduce(client: "MlflowClient", run_id: str) -> str:
     except (MlflowException, OSError):
         known = f" It was started with: {for_shell(typed)}" if typed else ""
         raise ConfigError(f"report.run={run_id}: this run keeps no config.yaml.{known}") from None
-    wanted = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    wanted = configuration(text, f"report.run={run_id}: config.yaml")
     lengths = [int(length) for length in run.data.tags.get("lengths", "").split() if length.isdecimal()]
     folders = config_folders(typed or [])
     folder = f"outputs/{wanted.get('name')}/as-{run_id[:8]}"
@@ -88,6 +90,32 @@ def reproduce(client: "MlflowClient", run_id: str) -> str:
         hint = f" It was started with {for_shell(folders)}: give that here too." if folders else ""
         raise ConfigError(f"report.run={run_id}: cannot be composed here. {error}{hint}") from None
     return "\n".join([about, *commands])
+
+
+def configuration(text: str, source: str) -> dict[str, Any]:
+    """The configuration of a run in a store, which others may have written: plain, with a run's groups.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        # a node that stands for another may make billions of few: what a run writes has none
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ConfigError(f"{source}: holds YAML aliases, as no run writes them.")
+        content = OmegaConf.to_container(OmegaConf.create(text))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{source}: cannot be read ({reason}).") from None
+    wanted = plain(content, "", source)
+    groups = (*PARTS, "options")
+    if not isinstance(wanted, dict) or not all(isinstance(wanted.get(group), dict) for group in groups):
+        raise ConfigError(f"{source}: is no configuration of a run of this program.")
+    if any(".." in str(option).split("/") for option in wanted["options"].values()):
+        raise ConfigError(f"{source}: names an option outside of the folders of options.")
+    wanted.setdefault("trust", [])  # of a run before there was such a key
+    return wanted
 
 
 def overrides(wanted: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from omegaconf import OmegaConf
 
+from okddip.assembly import CONFIG_HOME
 from okddip.tracking.tracker import flatten
 
 HERE = Path(__file__).parent
@@ -88,10 +89,8 @@ def option(group: str, name: str) -> dict[str, str]:
 
     Those of the methods are those of the authors' code.
     """
-    from okddip.main import CONFIG_HOME
-
     path = CONFIG_HOME / "conf" / group / f"{name}.yaml"
-    if not path.is_file():
+    if not path.is_file() or Path(name).name != name:  # it comes from the store
         return {}
     content: Any = OmegaConf.load(path)
     if group == "method":
@@ -104,7 +103,5 @@ def option(group: str, name: str) -> dict[str, str]:
 @cache
 def ablations() -> dict[str, dict[str, str]]:
     """What each option of the group `ablation` changes; `full` nothing."""
-    from okddip.main import CONFIG_HOME
-
     names = sorted(path.stem for path in (CONFIG_HOME / "conf" / "ablation").glob("*.yaml"))
     return {name: option("ablation", name) for name in names}
