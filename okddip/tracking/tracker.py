@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import okddip
 from okddip.errors import ConfigError, check_choice
 from okddip.signals import give_way
+from okddip.tracking import outbox
 from okddip.tracking.outbox import CONTEXT, Request, may_pass
 from okddip.tracking.store import ANSWER_SECONDS, LOCK_SECONDS, whole_sqlite
-from okddip.tracking.tracker import outbox
 
 if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
     import mlflow

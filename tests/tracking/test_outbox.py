@@ -17,8 +17,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from test_tracking import free_port, mlflow_server
 
+from okddip.tracking import outbox
 from okddip.tracking import tracker as tracking
-from okddip.tracking.tracker import DatasetSplit, MLflow, open_store, outbox
+from okddip.tracking.tracker import DatasetSplit, MLflow, open_store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("dataset=digits", "model=resnet8", "method=baseline", "trainer.epochs=2", "trainer.limit_batches=1")

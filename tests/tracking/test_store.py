@@ -20,7 +20,8 @@ from sqlalchemy import Engine, NullPool, create_engine, event
 
 from okddip.errors import ConfigError
 from okddip.signals import stop_on_signals
-from okddip.tracking.tracker import MLflow, open_store, store
+from okddip.tracking import store
+from okddip.tracking.tracker import MLflow, open_store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = ("experiment=quickstart", "trainer.epochs=1", "trainer.limit_batches=1")
