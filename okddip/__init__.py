@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from okddip.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from okddip.deployment.classifier import Classifier
-
-__version__ = "0.1.0"
 
 
 def load(folder: str | Path, trust: Sequence[str] = ()) -> Classifier:

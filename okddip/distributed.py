@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from okddip.errors import ConfigError
-from okddip.signals import asked_to_stop
+from okddip.signals import is_stopping
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def rank_0_speaks() -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        if end.code and sys.stderr is unsaid and not asked_to_stop():
+        if end.code and sys.stderr is unsaid and not is_stopping():
             time.sleep(PATIENCE if local_rank() == 0 else 1.2 * PATIENCE)  # one for each machine
             sys.__stderr__.write(unsaid.getvalue())  # type: ignore[union-attr]
         raise

@@ -84,7 +84,7 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def unstopped() -> Iterator[None]:
+def stops_deferred() -> Iterator[None]:
     """Finish what must not be left half done, such as a checkpoint, before a signal ends the run."""
     Stop.may_stop = False
     try:
@@ -98,7 +98,7 @@ def unstopped() -> Iterator[None]:
             stop(waiting, None)
 
 
-def give_way() -> None:
+def stop_if_asked() -> None:
     """Within `unstopped`, end here if a signal has come: nothing is half done."""
     waiting, Stop.waiting = Stop.waiting, None
     if waiting is not None:
@@ -109,13 +109,13 @@ def give_way() -> None:
             Stop.may_stop = may_stop
 
 
-def heed() -> None:
+def raise_if_stopping() -> None:
     """End here if a signal has come and what it raised was dropped: Python does so in destructors."""
     if Stop.end is not None:
         raise Stop.end
 
 
-def asked_to_stop() -> bool:
+def is_stopping() -> bool:
     """Whether the process is on its way out."""
     return Stop.end is not None
 

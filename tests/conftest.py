@@ -18,7 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 from PIL import Image
 
-from okddip.main import CONFIG_HOME, cli, make
+from okddip.assembly import CONFIG_HOME, make
+from okddip.main import cli
 from okddip.methods.base import Method
 
 # the suite's numbers must not depend on a store or a cache that the developer has

@@ -26,7 +26,7 @@ import torch
 from mlflow import MlflowClient
 from test_tracking import free_port, mlflow_server
 
-from okddip.run import resume
+from okddip.run.folder import read_metadata, read_metrics
 from okddip.tracking.outbox import LOCK
 from okddip.tracking.tracker import MLflow
 from okddip.training import checkpoint
@@ -104,12 +104,12 @@ def ended_runs(folder: Path) -> dict[str, Run]:
                 for name, value in values.items()
                 if isinstance(value, torch.Tensor)
             }
-            epochs = resume.finished_epochs(path.with_name("metrics.jsonl"))
+            epochs = read_metrics(path.with_name("metrics.jsonl"))
             metrics = [
                 {key: value for key, value in results.items() if key.startswith(("train/loss", "test/"))}
                 for _, _, results in epochs
             ]
-            identity = resume.noted(path.parent)["identity"]
+            identity = read_metadata(path.parent)["identity"]
             found[identity] = Run({**state["group"], **state["method"], **moments}, metrics)
     return found
 
@@ -145,7 +145,7 @@ def differences(folder: Path, phase: Phase, store: Store, whole: dict[str, Run])
         yield f"{len(trained)} MLflow runs are finished"
     for run in trained:
         own = Path(run.data.tags["folder"])
-        epochs = resume.finished_epochs(own / "metrics.jsonl")
+        epochs = read_metrics(own / "metrics.jsonl")
         told = {
             key: sorted(
                 (point.step, point.timestamp, point.value)
@@ -237,6 +237,7 @@ def run(
     Returns:
         For each phase the number of kills, of those survived, and what was lost.
     """
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     folder.mkdir(parents=True, exist_ok=True)
     moments = random.Random(seed)
     counts: dict[str, dict[str, Any]] = {

@@ -14,8 +14,9 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from okddip import distributed
+from okddip.assembly import CONFIG_HOME
 from okddip.data.loader import Share
-from okddip.main import CONFIG_HOME, build
+from okddip.main import build
 
 CASES = (
     ("method=baseline",),

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from okddip.main import CONFIG_HOME, make
+from okddip.assembly import CONFIG_HOME, make
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 

@@ -13,8 +13,8 @@ import torch
 from dispatch_watch import OneDevice
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from okddip.assembly import CONFIG_HOME
 from okddip.data.augment import Draws, Normalization, augment, normalize
-from okddip.main import CONFIG_HOME
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.models.resnet import resnet

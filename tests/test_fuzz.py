@@ -13,9 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
+from okddip.assembly import CONFIG_HOME
+from okddip.checks import check
+from okddip.command_line import check_choices
 from okddip.data import sources
 from okddip.errors import ConfigError
-from okddip.main import CONFIG_HOME, build, check, check_choices
+from okddip.main import build
 from okddip.sweeps import teacher
 
 BASE = ("dataset=digits", "dataset.image_size=8", "model=resnet8", "tracking=none")

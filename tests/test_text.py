@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from okddip.data.folder import scan
 from okddip.errors import ConfigError
 from okddip.sweeps import sweep
+from okddip.sweeps.outcomes import Outcome
+from okddip.sweeps.parent import sweep_description
 from okddip.text import (
     LogFormatter,
     for_csv,
@@ -83,8 +85,8 @@ def test_no_line_of_an_error_passes_for_another_message() -> None:
 
 @pytest.mark.parametrize("text", CLASSES)
 def test_the_last_lines_of_a_sweep_command_no_terminal(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    outcomes = [sweep.Outcome(0, [f"dataset.root={text}"], "failed", str(ConfigError(text)))]
-    sweep.conclude(sweep.Sweep(text, Path()), outcomes, False, None)
+    outcomes = [Outcome(0, [f"dataset.root={text}"], "failed", str(ConfigError(text)))]
+    sweep.print_summary(sweep.Sweep(text, Path()), outcomes, False, None)
     out = capsys.readouterr().out
     assert not acting(out)
     assert [line.split()[0] for line in out.splitlines() if line[0] != " "] == ["Sweep", "failed"]
@@ -92,7 +94,7 @@ def test_the_last_lines_of_a_sweep_command_no_terminal(text: str, capsys: pytest
 
 @pytest.mark.parametrize("text", ["<img src=x onerror=alert(1)>", "[x](javascript:y)", "![x](http://y)"])
 def test_the_description_of_a_sweep_has_no_links_or_tags(text: str) -> None:
-    note = sweep.description({"dataset.root": text})
+    note = sweep_description({"dataset.root": text})
     assert for_markdown(text) in note
     assert text not in note
 

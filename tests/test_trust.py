@@ -20,14 +20,16 @@ from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
 import okddip as package
-from okddip.assembly import PARTS, Trust, make, package_targets, plain, targets, trust_in
+from okddip.assembly import CONFIG_HOME, make
+from okddip.checks import check
 from okddip.errors import ConfigError
-from okddip.main import CONFIG_HOME, check
 from okddip.models.group import PeerGroup
+from okddip.plain_data import plain
 from okddip.tasks.benchmark.task import Shape, with_synthetic_images
 from okddip.tasks.report.command import configuration
 from okddip.tracking.tracker import MLflow
 from okddip.training import checkpoint
+from okddip.trust import PARTS, Trust, package_targets, targets, trust_in
 
 Okddip = Callable[..., Answer]
 State = dict[str, Any]
@@ -158,7 +160,7 @@ HOSTILE: dict[str, tuple[Callable[[State], None], str]] = {
     # and others
     "a program of the standard library": (put("trainer._target_", "unittest.__main__.main"), NOT_CALLED),
     "a function of this program": (
-        put("model", fire("okddip.training.checkpoint.write_text", text="x")),
+        put("model", fire("okddip.files.write_text", text="x")),
         NOT_CALLED,
     ),
     "a part of this program elsewhere": (put("model._target_", "okddip.data.sources.digits"), NOT_CALLED),
@@ -241,12 +243,9 @@ def open_in_all_ways(okddip: Okddip, honest: State, way: str, names: Iterator[st
         if way == "resume a folder":
             Path("evil", "run.json").write_text("{}")
         answer = WAYS[way](okddip)
-        if way.startswith("resume") and "_target_" in sentence + NOT_CALLED and "interpol" not in sentence:
-            assert answer.code == 1  # a run with other settings is refused first, whatever it names
-            assert "Traceback" not in answer.err
-            assert SECRET not in answer.out + answer.err
-        else:
-            refused(answer, sentence)
+        if way.startswith("resume") and "made with other settings" in answer.err:
+            sentence = "made with other settings"  # nothing is built of a run that is another
+        refused(answer, sentence)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -377,18 +376,10 @@ def test_a_store_of_a_strangers_runs_nothing(okddip: Okddip, honest: State, tmp_
             *[(*SMALL, "method=kd", f"method.teacher=runs:/{run_id}", "tracking=mlflow")],
         ):
             refused(okddip(*options, f"tracking.uri={uri}"), sentence)
-        report = okddip("task=report", f"report.run={run_id}", f"tracking.uri={uri}")
-        assert SECRET not in report.out + report.err
-        assert "Traceback" not in report.err
-        resumed = okddip(
-            *SMALL,
-            "method=baseline",
-            "tracking=mlflow",
-            f"tracking.uri={uri}",
-            f"trainer.resume=runs:/{run_id}",
-        )
-        assert resumed.code == 1
-        assert "Traceback" not in resumed.err
+        refused(okddip("task=report", f"report.run={run_id}", f"tracking.uri={uri}"), sentence)
+        resume = (f"trainer.resume=runs:/{run_id}", f"tracking.uri={uri}")
+        answer = okddip(*SMALL, "method=baseline", "tracking=mlflow", *resume)
+        refused(answer, sentence if "holds an" in sentence else "made with other settings")
 
 
 def test_what_is_no_configuration_may_say_what_it_likes(okddip: Okddip, honest: State) -> None:

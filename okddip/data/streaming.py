@@ -27,7 +27,7 @@ from okddip.data.loader import ALL, Batches, Share, batch_seed, seed_of
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
 from okddip.errors import ConfigError, check_choice
-from okddip.signals import leave_signals_to_the_parent, unstopped
+from okddip.signals import leave_signals_to_the_parent, stops_deferred
 from okddip.text import for_terminal
 
 log = logging.getLogger(__name__)
@@ -268,7 +268,7 @@ class StreamingLoader:
         others = set(multiprocessing.active_children())
         batches = None
         try:
-            with unstopped():  # Python drops what is raised while a process forks
+            with stops_deferred():  # Python drops what is raised while a process forks
                 batches = iter(loader)
             if threading.current_thread() is threading.main_thread():
                 # PyTorch's handler would raise for a dead worker wherever training is just then

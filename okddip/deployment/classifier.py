@@ -14,14 +14,16 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from okddip.assembly import NotTrusted, Trust, make, plain, trust_in
+from okddip.assembly import make
 from okddip.data.augment import Normalization, normalization, normalize
 from okddip.data.folder import convert, read_image, scale_and_crop
 from okddip.deployment.predictors import Ensemble
 from okddip.errors import ConfigError
 from okddip.models.group import PeerGroup
+from okddip.plain_data import NotTrusted, plain
 from okddip.training import checkpoint
 from okddip.training.finite import not_finite
+from okddip.trust import Trust, trust_in
 
 BATCH = 256  # images at a time in `predict`
 

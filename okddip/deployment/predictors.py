@@ -1,60 +1,29 @@
 """What a checkpoint holds for its users: predictors, each of which can be had as a plain network."""
 
 import copy
-from collections.abc import Collection
-from pathlib import Path
-from typing import Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from okddip.errors import ConfigError
+from okddip.assembly import make
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
-from okddip.training import checkpoint
+from okddip.trust import Trust
+
+if TYPE_CHECKING:
+    from okddip.methods.base import Method
+    from okddip.models.group import PeerGroup
 
 
-def open_checkpoint(config: DictConfig) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that the setting `checkpoint` names, and what it holds.
-
-    Raises:
-        ConfigError: it is not there, or no checkpoint.
-    """
-    path = checkpoint.find("checkpoint", str(config.checkpoint), config.tracking.get("uri"))
-    state = checkpoint.load(path)
-    checkpoint.warn_of_other_version(state, path)
-    return path, state
-
-
-def chosen_keys(task: str, settled: Collection[str]) -> set[str]:
-    """Keys and groups that the command line sets: `dataset` for dataset=digits, `trainer.device`...
-
-    Args:
-        task: for the message.
-        settled: groups that a checkpoint settles.
-
-    Raises:
-        ConfigError: the command line sets one of those.
-    """
-    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
-    keys = {override.key_or_group for override in overrides}
-    for key in sorted(keys):
-        if key.partition(".")[0] in settled and key != "methods.teacher":
-            raise ConfigError(
-                f"{key}: is settled by the checkpoint and not read by task={task}; leave it out."
-            )
-    return keys
-
-
-def networks(method: Method) -> tuple[str, ...]:
+def exportable_predictors(method: Method) -> tuple[str, ...]:
     """The predictors that can be had as a plain network: the peers, and the mean of their logits."""
     peers = method.predictors[: method.peers]
     return (*peers, "ensemble") if "ensemble" in method.predictors else peers
 
 
-def default_network(method: Method, history: dict[str, dict[str, float]]) -> str:
+def default_predictor(method: Method, history: dict[str, dict[str, float]]) -> str:
     """The predictor to keep: the leader or the student, elsewhere the best peer.
 
     Args:
@@ -89,3 +58,35 @@ class Ensemble(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, C, H, W] to logits [B, K]."""
         return self.group(images).logits.mean(0)
+
+
+def rebuild(state: dict[str, Any], trust: Trust, source: object) -> tuple[PeerGroup, Method]:
+    """The group and the method that a checkpoint holds, on the CPU.
+
+    Args:
+        state: of the checkpoint.
+        trust: what its configuration may name.
+        source: the checkpoint, for messages.
+
+    Raises:
+        ConfigError: its configuration names parts that are not trusted, or that its weights do not fit.
+    """
+    from okddip.models.group import PeerGroup
+    from okddip.training import checkpoint
+
+    trust.check(state["config"], source)
+    config = OmegaConf.create(state["config"])
+    make_backbone = partial(
+        make, "model", config.model, num_classes=len(state["classes"]), in_channels=state["channels"]
+    )
+    probe = make_backbone()
+    method = make(
+        "method",
+        config.method,
+        feature_dim=probe.feature_dim,
+        trunk_channels=probe.trunk_channels,
+        epochs=config.trainer.epochs,
+    )
+    group = PeerGroup(make_backbone, method.peers, method.structure, method.rescale)
+    checkpoint.restore(state, group=group, method=method)
+    return group, method

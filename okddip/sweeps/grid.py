@@ -18,7 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from okddip.errors import ConfigError, check_number
-from okddip.sweeps.sweep import NO_RESULT, Outcome, expect, outcomes
+from okddip.sweeps.job import NO_RESULT
+from okddip.sweeps.outcomes import Outcome
+from okddip.sweeps.sweep import announce_jobs, current_outcomes
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class GridSweeper(Sweeper):
         assert self.config is not None  # by setup()
         senseless = self.senseless(jobs)
         jobs = [job for number, job in enumerate(jobs) if number not in senseless]
-        expect(self.config, jobs, list(senseless.values()))
+        announce_jobs(self.config, jobs, list(senseless.values()))
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
@@ -97,7 +99,7 @@ class GridSweeper(Sweeper):
             with lost_jobs_of_submitit():
                 return list(self.launcher.launch(jobs, initial_job_idx=first))
         except BrokenProcessPool:
-            known = {outcome.job: outcome for outcome in outcomes()}
+            known = {outcome.job: outcome for outcome in current_outcomes()}
         numbers = range(first, first + len(jobs))
         begun = [number for number in numbers if number in known]
         if not begun:

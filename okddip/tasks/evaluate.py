@@ -17,17 +17,19 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from okddip.assembly import trust_of
 from okddip.data.weaknesses import weaknesses
-from okddip.deployment.predictors import chosen_keys, default_network, open_checkpoint
+from okddip.deployment.predictors import default_predictor
 from okddip.errors import ConfigError
 from okddip.methods.base import Method
+from okddip.run.parts import Parts
 from okddip.sweeps import teacher
-from okddip.tasks.train import Parts, concluded
+from okddip.tasks.named_checkpoint import chosen_keys, open_checkpoint
+from okddip.tasks.train import tracked_to_the_end
 from okddip.text import FIGURES, composed, for_terminal
 from okddip.training import checkpoint, metrics
 from okddip.training.epoch import evaluate_on
 from okddip.training.trainer import PRECISIONS
+from okddip.trust import trust_of
 
 log = logging.getLogger(__name__)
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports on the fonts it finds
@@ -72,7 +74,7 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
     parts.dataset.mean, parts.dataset.std = tuple(state["mean"]), tuple(state["std"])
     checkpoint.restore(state, group=parts.group, method=parts.method)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with concluded(parts.tracker):
+    with tracked_to_the_end(parts.tracker):
         parts.tracker.start(
             name=f"{config.name}-{settings.name}",
             params={
@@ -89,7 +91,7 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
             command=shlex.join(["okddip", *sys.argv[1:]]),
         )
         results, confusion = measure(parts, state["epoch"])
-        shown = default_network(parts.method, state["history"])
+        shown = default_predictor(parts.method, state["history"])
         matrix = confusion[parts.method.predictors.index(shown)]  # [K, K]
         report = {
             "checkpoint": str(path),
@@ -173,7 +175,7 @@ def find_teacher(settings: DictConfig) -> str:
     Raises:
         ConfigError: the store has no such run.
     """
-    place = teacher.finished(teacher.configuration(settings))
+    place = teacher.finished_teacher(teacher.teacher_config(settings))
     if place is None:
         raise ConfigError(
             "method.teacher=auto: the store that tracking names has no finished run of this checkpoint's"

@@ -19,12 +19,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 
-import okddip
-from okddip.assembly import Trust, trust_of
+from okddip import deployment
 from okddip.deployment.classifier import Classifier, Preprocessing, read
-from okddip.deployment.predictors import chosen_keys, default_network, extract, networks, open_checkpoint
+from okddip.deployment.predictors import default_predictor, exportable_predictors, extract, rebuild
 from okddip.errors import ConfigError, check_choice
+from okddip.tasks.named_checkpoint import chosen_keys, open_checkpoint
 from okddip.text import for_terminal
+from okddip.trust import Trust, trust_of
+from okddip.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +60,6 @@ def export(config: DictConfig, build: Callable[..., Any]) -> str:
     Raises:
         ConfigError: a setting that is not allowed, or a package that is not installed.
     """
-    from okddip.main import restore  # main knows the tasks, and this one what main makes of a checkpoint
-
     settled = (
         "method",
         "methods",
@@ -83,11 +83,11 @@ def export(config: DictConfig, build: Callable[..., Any]) -> str:
     path, state = open_checkpoint(config)
     with quiet():  # warnings about a schedule concern training
         trust = trust_of(config)
-        group, method = restore(state, trust, path)
+        group, method = rebuild(state, trust, path)
     predictor = config.export.predictor
     if predictor is None:
-        predictor = default_network(method, state["history"])
-    check_choice("export.predictor", predictor, networks(method))
+        predictor = default_predictor(method, state["history"])
+    check_choice("export.predictor", predictor, exportable_predictors(method))
 
     network = extract(group, method, predictor)
     ensemble = {"peers": method.auxiliary, "structure": method.structure} if predictor == "ensemble" else None
@@ -137,7 +137,7 @@ def describe(
     """What `model.json` holds."""
     last = state["history"].get("last", {})
     return {
-        "okddip": okddip.__version__,
+        "okddip": __version__,
         "predictor": predictor,
         "parameters": sum(parameter.numel() for parameter in classifier.network.parameters()),
         "model": state["config"]["model"],
@@ -289,12 +289,12 @@ def write_mlflow(classifier: Classifier, description: dict[str, Any], path: Path
         notes.write_text(json.dumps(description, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         mlflow.pyfunc.save_model(
             path,
-            python_model=str(Path(okddip.__file__).parent / "deployment" / "serving.py"),
+            python_model=str(Path(deployment.__file__).with_name("serving.py")),
             artifacts={"program": str(program), "description": str(notes)},
             signature=signature,
             input_example=pixels[:1].numpy(),
             pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "torch")],
-            metadata={"okddip": okddip.__version__, "predictor": description["predictor"]},
+            metadata={"okddip": __version__, "predictor": description["predictor"]},
         )
 
 

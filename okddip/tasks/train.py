@@ -3,48 +3,32 @@
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torch.optim import Optimizer
 
-import okddip
 from okddip import distributed
-from okddip.data.dataset import Dataset
 from okddip.data.weaknesses import weaknesses
 from okddip.methods.base import Method
-from okddip.models.group import PeerGroup
 from okddip.run import resume
-from okddip.signals import asked_to_stop, stop_on_signals, unstopped
-from okddip.sweeps import sweep
-from okddip.text import for_markdown, for_terminal
+from okddip.run.folder import Run, read_metrics, summary_timestamp, update_metadata
+from okddip.run.identity import fingerprint, identifying_settings, run_identity
+from okddip.run.parts import Parts
+from okddip.run.summary import log_run_summary, run_note, run_params, tracked_splits
+from okddip.signals import is_stopping, stop_on_signals, stops_deferred
+from okddip.sweeps.environment import is_job, job_tags, run_name, teacher_tags
 from okddip.tracking import tracker as tracking
-from okddip.training.schedules import Schedule
-from okddip.training.trainer import Trainer
+from okddip.tracking.address import without_credentials
+from okddip.version import __version__
 
 log = logging.getLogger(__name__)
 # it reports at exit if a signal breaks off the import of what silences it
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.WARNING)
-
-
-@dataclass
-class Parts:
-    """What a configuration was instantiated into."""
-
-    trainer: Trainer
-    tracker: tracking.MLflow | tracking.NoTracking
-    dataset: Dataset
-    group: PeerGroup
-    method: Method
-    optimizer: Optimizer
-    schedule: Schedule
-    teacher: Mapping[str, str] = field(default_factory=dict)  # tags that say what it is, if there is one
 
 
 def train(
@@ -60,32 +44,32 @@ def train(
     Returns:
         Top-1 of the primary predictor after the last epoch, in percent.
     """
-    versions = {"okddip": okddip.__version__, "torch": torch.__version__}
-    distributed.agree(versions | resume.settings(config))
+    versions = {"okddip": __version__, "torch": torch.__version__}
+    distributed.agree(versions | identifying_settings(config))
     folder = teacher_folder or Path(HydraConfig.get().runtime.output_dir)
-    parting: AbstractContextManager[list[resume.Run]] = (
-        nullcontext([]) if teacher_folder else how_to_go_on(config)
+    parting: AbstractContextManager[list[Run]] = (
+        nullcontext([]) if teacher_folder else resume_hint_if_stopped(config)
     )
-    patient = teacher_folder is not None or sweep.is_job()
+    patient = teacher_folder is not None or is_job()
     with parting as begun, stop_on_signals(), begin_together(config, folder, patient=patient) as run:
         begun.append(run)
         parts = build(config)
         digests = {split: parts.dataset.digest(split) for split in parts.dataset.sizes}
         distributed.agree({f"the digest of its {split} images": word for split, word in digests.items()})
         resume.refuse_other_data(run, parts.dataset, digests)
-        lengths = resume.lengths_before(run, config, parts.schedule, parts.method.ramp)
-        identity = resume.identity(config, lengths)
+        lengths = resume.former_lengths(run, config, parts.schedule, parts.method.ramp)
+        identity = run_identity(config, lengths)
         if distributed.rank() == 0:
-            resume.note(run, data=resume.fingerprint(digests), identity=identity)
+            update_metadata(run, data=fingerprint(digests), identity=identity)
         settings = cast(dict[str, Any], OmegaConf.to_container(config))
-        describe(config, parts, run)
+        log_run_summary(config, parts, run)
         for weakness in weaknesses(parts.dataset) if distributed.rank() == 0 else ():
             log.warning(weakness)
-        with concluded(parts.tracker):
-            resume.find_tracked(run, parts.tracker, config.trainer.resume)
+        with tracked_to_the_end(parts.tracker):
+            resume.find_tracked_run(run, parts.tracker, config.trainer.resume)
             tracking_id = parts.tracker.start(
-                name=f"teacher {config.name}" if teacher_folder else sweep.name_of_run(config),
-                params=params_of(config),
+                name=f"teacher {config.name}" if teacher_folder else run_name(config),
+                params=run_params(config),
                 tags={
                     **{name: str(option) for name, option in config.options.items()},
                     "peers": str(parts.method.peers),
@@ -96,8 +80,8 @@ def train(
                     "identity": identity,
                     **({"lengths": " ".join(map(str, lengths))} if lengths else {}),
                     "folder": str(run.folder),
-                    **({} if run.tracking_id else description(config, parts)),  # which people may edit
-                    **(sweep.tags_of_teacher() if teacher_folder else sweep.tags()),
+                    **({} if run.tracking_id else run_note(config, parts)),  # which people may edit
+                    **(teacher_tags() if teacher_folder else job_tags()),
                 },
                 config_yaml=OmegaConf.to_yaml(config),
                 command=shlex.join(["okddip", *sys.argv[1:]]),
@@ -107,10 +91,10 @@ def train(
                 == "auto",  # another store than that of a named run may be a mistake
             )
             if tracking_id:
-                resume.note(run, tracking_id=tracking_id, store=tracking.public(config.tracking.uri))
-                parts.tracker.log_datasets(splits_of(config, parts.dataset, digests))
+                update_metadata(run, tracking_id=tracking_id, store=without_credentials(config.tracking.uri))
+                parts.tracker.log_datasets(tracked_splits(config, parts.dataset, digests))
             parts.tracker.watch_system()
-            finished = resume.finished_epochs(run.folder / "metrics.jsonl")
+            finished = read_metrics(run.folder / "metrics.jsonl")
             for epoch, timestamp_ms, results in finished:
                 parts.tracker.log(results, epoch, timestamp_ms)
             history = parts.trainer.fit(
@@ -123,7 +107,7 @@ def train(
                 folder=run.folder,
                 seed=config.seed,
                 description={
-                    "version": okddip.__version__,
+                    "version": __version__,
                     "config": settings,
                     "lengths": lengths,
                     "classes": list(parts.dataset.classes),
@@ -143,7 +127,7 @@ def train(
                 "best/epoch": best["epoch"],
             }
             if distributed.rank() == 0:
-                timestamp_ms = resume.time_of_summary(run.folder / "metrics.jsonl")
+                timestamp_ms = summary_timestamp(run.folder / "metrics.jsonl")
                 parts.tracker.log(summary, 0, timestamp_ms)  # MLflow draws bars of what is at step 0 alone
             if parts.tracker.checkpoints:
                 for path in (run.folder / name for name in ("last.pt", "best.pt", "metrics.jsonl")):
@@ -154,39 +138,39 @@ def train(
 
 
 @contextmanager
-def begin_together(config: DictConfig, folder: Path, *, patient: bool) -> Iterator[resume.Run]:
+def begin_together(config: DictConfig, folder: Path, *, patient: bool) -> Iterator[Run]:
     """The run that rank 0 takes up or begins, for all ranks."""
     if distributed.rank() == 0:
-        with resume.begin(config, folder, patient=patient) as run:
+        with resume.open_run(config, folder, patient=patient) as run:
             distributed.from_rank_0(lambda: (run.folder, run.state))
             yield run
     else:
-        yield resume.Run(*distributed.from_rank_0(lambda: (folder, None)))
+        yield Run(*distributed.from_rank_0(lambda: (folder, None)))
 
 
 @contextmanager
-def concluded(tracker: tracking.MLflow | tracking.NoTracking) -> Iterator[None]:
+def tracked_to_the_end(tracker: tracking.MLflow | tracking.NoTracking) -> Iterator[None]:
     """End the MLflow run as what it became: finished, failed, or killed by a signal at whatever moment."""
     try:
         try:
             yield
             tracker.finish("FINISHED")
         except Exception:
-            if asked_to_stop():
+            if is_stopping():
                 raise
             tracker.finish("FAILED")
             raise
     except BaseException as error:
-        if asked_to_stop() or not isinstance(error, Exception):
-            with unstopped():
+        if is_stopping() or not isinstance(error, Exception):
+            with stops_deferred():
                 tracker.finish("FAILED" if distributed.another_failed() else "KILLED")
         raise
 
 
 @contextmanager
-def how_to_go_on(config: DictConfig) -> Iterator[list[resume.Run]]:
+def resume_hint_if_stopped(config: DictConfig) -> Iterator[list[Run]]:
     """Say so, as the last line, if the run is stopped; it belongs into the list when it has begun."""
-    begun: list[resume.Run] = []
+    begun: list[Run] = []
     try:
         yield begun
     except Exception:
@@ -195,83 +179,9 @@ def how_to_go_on(config: DictConfig) -> Iterator[list[resume.Run]]:
         reference = config.trainer.resume or "auto"
         if reference != "auto" and begun:  # may have been begun elsewhere, or from a copy
             reference = str(begun[0].folder.absolute())
-        log.info("Stopped. %s", resume.how_to_go_on(reference))
+        hint = "The command of its sweep, given again, goes on with it."
+        log.info("Stopped. %s", hint if is_job() else resume.resume_hint(reference))
         raise
-
-
-def params_of(config: DictConfig | dict[str, Any]) -> dict[str, str]:
-    """What MLflow's columns and plots show of a configuration: all that tells runs apart, and no more.
-
-    Named like overrides, `method=okddip method.peers=4`. Left out are places, how a run is logged and
-    continued, and import paths that follow from the name of an option; `config.yaml` has them all.
-    """
-    flat = resume.settings(config)
-    named = {key: value for key, value in flat.items() if not key.startswith("options.")}
-    return {
-        **{name: str(option) for name, option in config["options"].items()},
-        **{key: value for key, value in named.items() if not is_implied(key, value)},
-        **tracking.flatten({"dataset.root": config["dataset"].get("root")}),
-    }
-
-
-def is_implied(key: str, value: str) -> bool:
-    group, _, name = key.rpartition(".")
-    if name == "_target_" and value.startswith("okddip."):
-        return group not in ("optimizer", "scheduler")  # whose option has no param of its own
-    return name == "_partial_"
-
-
-def splits_of(
-    config: DictConfig, dataset: Dataset, digests: Mapping[str, str]
-) -> dict[str, tracking.DatasetSplit]:
-    """The splits of a data set for MLflow's own field."""
-    root = config.dataset.get("source", config.dataset).get("root")
-    place = dataset.name if root is None else str(Path(root).expanduser().absolute())
-    return {
-        split: tracking.DatasetSplit(dataset.name, digests[split], place, size)
-        for split, size in dataset.sizes.items()
-    }
-
-
-def description(config: DictConfig, parts: Parts) -> dict[str, str]:
-    """The tag that MLflow shows as the run's description, in Markdown."""
-    items = [f"- **{what}** {for_markdown(text)}" for what, text in in_words(config, parts).items()]
-    hint = "`okddip task=report report.run=ID` with this run's ID prints the command that reproduces it."
-    return {"mlflow.note.content": "\n".join([*items, "", hint])}
-
-
-def in_words(config: DictConfig, parts: Parts) -> dict[str, str]:
-    """What the run is."""
-    method, group, dataset, trainer = parts.method, parts.group, parts.dataset, parts.trainer
-    plain = sum(parameter.numel() for parameter in group.extract(0).parameters())
-    trained = sum(parameter.numel() for module in (group, method) for parameter in module.parameters())
-    peers = f"{method.peers} peers ({method.structure})" if method.peers > 1 else "1 student"
-    sizes = ", ".join(f"{size:,} {split}" for split, size in dataset.sizes.items())
-    height, width = dataset.image_size
-    ranks = f" and {distributed.ranks() - 1} more" if distributed.ranks() > 1 else ""
-    compiled = f", compiled ({trainer.compile_mode})" if trainer.compile else ""
-    images = f"images of {dataset.channels}x{height}x{width}"
-    return {
-        "method": f"{config.options.method}, {peers}",
-        "model": f"{config.options.model}, {plain:,} parameters; trained together {trained:,}",
-        "data set": f"{config.options.dataset}, {sizes} {images}, {len(dataset.classes)} classes",
-        "device": f"{trainer.device}{ranks}, {trainer.precision}{compiled}",
-    }
-
-
-def describe(config: DictConfig, parts: Parts, run: resume.Run) -> None:
-    """Say what the run is, before it begins."""
-    words = in_words(config, parts)
-    words["folder"] = f"{run.folder}" + (f"; {how_far(config, run.state)}" if run.state else "")
-    log.info("\n".join(f"{what:<10} {for_terminal(text)}" for what, text in words.items()))
-
-
-def how_far(config: DictConfig, state: dict[str, Any]) -> str:
-    """What is left of a run that goes on from a checkpoint."""
-    done = state["epoch"] + 1
-    if done == config.trainer.epochs:
-        return f"is finished after epoch {done}, so nothing is trained"
-    return f"goes on after epoch {done}"
 
 
 def log_table(history: dict[str, dict[str, float]], method: Method) -> None:

@@ -4,32 +4,40 @@ Only `MlflowClient` is used, never MLflow's global active run, so nothing leaks 
 into the next. A run outlives its store: what cannot be sent is kept, and sent when the store answers again.
 """
 
-import getpass
 import json
 import logging
-import math
 import os
 import re
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import okddip
 from okddip.errors import ConfigError, check_choice
-from okddip.signals import give_way
 from okddip.tracking import outbox
-from okddip.tracking.outbox import CONTEXT, Request, may_pass
+from okddip.tracking.address import ALLOWED_URIS, absolute_uri, without_credentials
+from okddip.tracking.outbox import Request, may_pass
+from okddip.tracking.params import (
+    MAX_DIGEST_LENGTH,
+    MAX_KEY_LENGTH,
+    MAX_METRICS,
+    MAX_PARAMS,
+    MAX_TAGS,
+    RESUMED,
+    _batches,
+    _importance,
+    _tags,
+    flatten,
+    params_of,
+)
+from okddip.tracking.source import source_tags
 from okddip.tracking.store import ANSWER_SECONDS, LOCK_SECONDS, whole_sqlite
+from okddip.tracking.waiting import _first_line, _within
 
 if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
     import mlflow
@@ -43,22 +51,6 @@ RETRY_SECONDS = 10.0  # how long a store that does not answer is left alone
 UPLOAD_SECONDS = 120.0  # a server may store a large file before it answers
 FINISH_SECONDS = 60.0  # for all that is unsent at the end, as long as the store answers; for files as well
 KILL_SECONDS = 3.0  # the same where the run is killed
-
-MOST_FILES = 10  # named in a tag
-
-RESUMED = "resumed."  # begins the tags of params that are others than when the run began
-
-# limits of MLflow's requests
-MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 250, 6000, 8000, 36
-MAX_PARAMS, MAX_TAGS, MAX_METRICS = 100, 100, 1000
-
-EXACT = 2.0**53  # up to here a float holds every whole number
-
-ALLOWED_URIS = (
-    "sqlite:///FILE in a folder that exists and can be written, the address of a running MLflow server "
-    "(http://HOST:PORT), or a database as SQLAlchemy names it (postgresql+psycopg://USER@HOST/NAME after "
-    "pip install 'psycopg[binary]'; mysql, mssql)"
-)
 
 
 class DatasetSplit(NamedTuple):
@@ -146,9 +138,9 @@ class MLflow:
 
         if make_url(self.uri).database in (None, "", ":memory:"):
             raise ValueError("it would be gone with the run")
-        url = make_url(absolute(self.uri))
+        url = make_url(absolute_uri(self.uri))
         with whole_sqlite(url):
-            self._client = MlflowClient(absolute(self.uri))
+            self._client = MlflowClient(absolute_uri(self.uri))
             # where an `mlflow server` that is started beside the file keeps artifacts too
             self._ensure_experiment((Path(str(url.database)).parent / "mlartifacts").as_uri())
 
@@ -266,7 +258,7 @@ class MLflow:
         """
         from mlflow.exceptions import MlflowException
 
-        here = public(self.uri)
+        here = without_credentials(self.uri)
         try:
             run = self._call(ANSWER_SECONDS, partial(self._client.get_run, run_id))
             if run.info.lifecycle_stage == "deleted":
@@ -387,7 +379,7 @@ class MLflow:
                     self._shutdown_event.wait(RETRY_SECONDS)
 
         def begin() -> "SystemMetricsMonitor":
-            monitor = Monitor(self.run_id, resume_logging=True, tracking_uri=absolute(self.uri))
+            monitor = Monitor(self.run_id, resume_logging=True, tracking_uri=absolute_uri(self.uri))
             monitor.start()
             return monitor
 
@@ -569,24 +561,6 @@ class NoTracking:
         """There is nothing to end."""
 
 
-def params_of(run: "mlflow.entities.Run") -> dict[str, str]:
-    """The flattened configuration of a run, as of the last time that it was resumed."""
-    resumed = {
-        key.removeprefix(RESUMED): value for key, value in run.data.tags.items() if key.startswith(RESUMED)
-    }
-    return {**run.data.params, **resumed}
-
-
-def digests_of(run: "mlflow.entities.Run") -> dict[str, str]:
-    """Of the images that a run of the store works on, split by split; empty if it did not get so far."""
-    return {
-        tag.value: used.dataset.digest
-        for used in (run.inputs.dataset_inputs if run.inputs else [])
-        for tag in used.tags
-        if tag.key == CONTEXT
-    }
-
-
 def open_store(uri: str) -> "mlflow.MlflowClient":
     """A client of a store that exists and answers.
 
@@ -602,158 +576,11 @@ def open_store(uri: str) -> "mlflow.MlflowClient":
                 f"tracking.uri={uri}: there is no such store, {file} is no file. Start in the directory in"
                 " which the runs were started, or name their store."
             )
-        uri = absolute(uri)
+        uri = absolute_uri(uri)
     # each store has the experiment "Default"; to open the one that is searched would create it
     store = MLflow(uri, "Default")
     store.open()
     return store._client
-
-
-class Unbroken:
-    """A client of a store, within `unstopped`: a signal breaks off the wait for a call, and no transaction.
-
-    A transaction that is broken off keeps SQLite's lock, so that the run's end cannot be written down.
-    """
-
-    def __init__(self, client: "mlflow.MlflowClient") -> None:
-        self._client = client
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self._call, getattr(self._client, name))
-
-    def _call(self, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        answer: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                answer.set_result(method(*given, **named))
-            except Exception as error:
-                answer.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
-        while not wait([answer], timeout=0.1).done:
-            give_way()
-        give_way()
-        return answer.result()
-
-
-def absolute(uri: str) -> str:
-    """A store's URI with a SQLite file's path made absolute.
-
-    MLflow keeps an open store for each URI, and would find the one of a former working directory.
-    """
-    if not uri.startswith("sqlite:"):
-        return uri
-    from sqlalchemy.engine import make_url
-
-    url = make_url(uri)
-    return url.set(database=str(Path(str(url.database)).absolute())).render_as_string()
-
-
-def public(uri: str) -> str:
-    """A store's URI, wherever one is, without what only its user should know."""
-    return re.sub("//[^/@]*@", "//", absolute(uri))
-
-
-def flatten(config: Mapping[str, Any]) -> dict[str, str]:
-    """A nested configuration as MLflow params: named like overrides, values written like overrides.
-
-    >>> flatten({"method": {"peers": 4, "teacher": None}, "milestones": [0.5, 0.75]})
-    {'method.peers': '4', 'method.teacher': 'null', 'milestones': '[0.5,0.75]'}
-    """
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat.update({_key(f"{key}.{inner}"): text for inner, text in flatten(value).items()})
-        else:
-            text = _override(value)
-            flat[_key(key)] = text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 3] + "..."
-    return flat
-
-
-def _override(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_override(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_override, value)) + "]"
-    if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
-        return str(int(value))  # `3` and `3.0` are one setting
-    return str(value)
-
-
-def source_tags() -> dict[str, str]:
-    """Who runs which code where; in MLflow's own tags, where it has one."""
-    tags = {
-        "mlflow.source.name": Path(sys.argv[0]).name,
-        "mlflow.source.type": "LOCAL",
-        "mlflow.user": _user(),
-        "host": socket.gethostname(),
-        "version": okddip.__version__,
-    }
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():  # installed: what can change is the user's own code
-        checkout = Path.cwd()
-    if commit := git_commit(checkout):
-        tags["mlflow.source.git.commit"] = commit
-        if changed := git_changes(checkout):
-            more = f" and {len(changed) - MOST_FILES} more" if len(changed) > MOST_FILES else ""
-            tags["mlflow.source.git.dirty"] = "true"
-            tags["uncommitted"] = ", ".join(changed[:MOST_FILES]) + more
-    return tags
-
-
-def git_commit(folder: Path) -> str | None:
-    """The commit checked out in `folder`; None where there is none, or no git."""
-    return _git(folder, "rev-parse", "--verify", "--quiet", "HEAD").strip() or None
-
-
-def git_changes(folder: Path) -> list[str]:
-    """The tracked files of a checkout that are not as they were committed."""
-    return _git(folder, "diff", "--name-only", "HEAD").splitlines()
-
-
-def _git(folder: Path, *command: str) -> str:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=5
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
-        return str(os.getuid())
-
-
-def _tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {_key(key): str(value)[:MAX_TAG_LENGTH] for key, value in tags.items()}
-
-
-def _key(name: str) -> str:
-    return re.sub(r"[^\w\-./: ]", "_", str(name))[:MAX_KEY_LENGTH]
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _importance(metric: str) -> tuple[int, int, bool]:
-    """What a reader asks for first: results before training, the primary predictor before the others."""
-    split, _, rest = metric.partition("/")
-    known = ("final", "best", "test", "val", "train")
-    return known.index(split) if split in known else len(known), rest.count("/"), rest != "top1"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -770,45 +597,3 @@ def _turn(uri: str) -> Iterator[None]:
             lock = select(func.pg_advisory_xact_lock(int.from_bytes(b"okddip")))
             _within(LOCK_SECONDS, partial(connection.execute, lock))
         yield
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Call in a thread that is left behind when the time is up: a name look-up knows no timeout."""
-    outcome: list[Any] = []
-    failure: list[Exception] = []
-
-    def run() -> None:
-        try:
-            outcome.append(call())
-        except Exception as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    with _http_settings(seconds):
-        thread.start()
-        thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return outcome[0]
-
-
-@contextmanager
-def _http_settings(seconds: float) -> Iterator[None]:
-    """MLflow's requests within: one attempt (it makes eight, for minutes), and nothing printed."""
-    settings = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(seconds)),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -1,22 +1,21 @@
 """What a run needs to go on, and what it leaves behind: written whole or not at all."""
 
 import logging
-import os
 import pickle
 import re
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-import okddip
-from okddip.assembly import plain
+from okddip import files
 from okddip.errors import ConfigError
+from okddip.files import link, sync_folder, writing
+from okddip.plain_data import plain
 from okddip.training.finite import not_finite
+from okddip.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def save(state: dict[str, Any], folder: Path, *, best: bool) -> None:
     last = folder / "last.pt"
     try:
         with writing(last):
-            write(last.with_suffix(".new"), lambda file: torch.save(state, file))
+            files.write(last.with_suffix(".new"), lambda file: torch.save(state, file))
             if last.exists():
                 link(last, folder / "previous.pt")
             # the best before the last: cut off between them, the epoch is trained again, to the same weights
@@ -59,76 +58,6 @@ def save(state: dict[str, Any], folder: Path, *, best: bool) -> None:
         with suppress(OSError):
             last.with_suffix(".new").unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name the file that cannot be written.
-
-    Raises:
-        ConfigError: with the system's reason.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch.save closes its archive where the disk is full, and reports that it cannot
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        if cause is None:
-            raise
-        raise ConfigError(
-            f"{path}: cannot be written ({cause.strerror or cause}). What was finished before is whole. Make"
-            " room, or make the folder writable, and give the command again; a run goes on with"
-            " trainer.resume=auto."
-        ) from error
-
-
-def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Fill a file and see it onto the disk."""
-    with path.open("wb") as file:
-        fill(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step.
-
-    Raises:
-        ConfigError: it cannot be written; what was there is as before.
-    """
-    temporary = path.with_name(path.name + ".new")
-    with writing(path):
-        write(temporary, lambda file: file.write(text.encode()))
-        temporary.replace(path)
-        sync_folder(path.parent)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a file and see it onto the disk.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    with writing(path):
-        new = not path.exists()
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """See the names of a folder's files onto the disk: a power cut would undo what was renamed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some file systems know no such thing
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(path: Path, keys: dict[str, type] | None = None) -> dict[str, Any]:
@@ -188,11 +117,11 @@ def refuse_inflated(archive: zipfile.ZipFile, path: Path) -> None:
 
 def warn_of_other_version(state: dict[str, Any], source: object) -> None:
     """Say that another version of the program wrote a file: it may have computed otherwise."""
-    if state["version"] != okddip.__version__:
+    if state["version"] != __version__:
         log.warning(
             "%s: was written by okddip %s, and this is okddip %s. Numbers may differ where the program has"
             " changed in between.",
-            *(source, state["version"], okddip.__version__),
+            *(source, state["version"], __version__),
         )
 
 
@@ -263,59 +192,3 @@ def restore(state: dict[str, Any], **parts: Any) -> None:
                 f" {broken}), so that no loss is: its training has failed. Take another checkpoint, such as"
                 " previous.pt or best.pt beside it, or train again."
             )
-
-
-def find(key: str, reference: str, tracking_uri: str | None) -> Path:
-    """The file that a setting names.
-
-    Args:
-        key: of the setting, for messages.
-        reference: the path of a checkpoint or of a run's folder, or `runs:/ID` of an MLflow run, whose
-            `last.pt` it is, or `runs:/ID/best.pt`.
-        tracking_uri: the MLflow store in which to look for runs; None: there is none.
-
-    Raises:
-        ConfigError: there is no such file or run, or the store does not answer.
-    """
-    if not reference.startswith("runs:/"):
-        path = Path(reference).expanduser()
-        path = path / "last.pt" if path.is_dir() else path
-        if not path.is_file():
-            raise ConfigError(f"{key}={reference}: there is no such checkpoint. Name a file, or runs:/ID.")
-        return path
-    if tracking_uri is None:
-        raise ConfigError(f"{key}={reference}: needs an MLflow store; set tracking=mlflow, or name a file.")
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
-    from okddip.tracking.tracker import absolute, open_store
-
-    open_store(tracking_uri)
-    run_id, _, name = reference.removeprefix("runs:/").partition("/")
-    try:
-        return Path(
-            download_artifacts(f"runs:/{run_id}/{name or 'last.pt'}", tracking_uri=absolute(tracking_uri))
-        )
-    except (MlflowException, OSError) as error:
-        raise ConfigError(
-            f"{key}={reference}: {tracking_uri} has no such run with a checkpoint"
-            f" ({str(error).splitlines()[0]}). Runs that were cut off, and those with"
-            " tracking.checkpoints=false, have none there; name the file instead."
-        ) from error
-
-
-def link(source: Path, target: Path) -> None:
-    """Let `target` be the same file as `source`, replacing what was there in one step."""
-    temporary = target.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.hardlink_to(source)
-    except OSError:  # some file systems have no hard links
-        copy(source, temporary)
-    temporary.replace(target)
-
-
-def copy(source: Path, target: Path) -> None:
-    """Copy a file and see it onto the disk."""
-    with source.open("rb") as original:
-        write(target, lambda file: shutil.copyfileobj(original, file))

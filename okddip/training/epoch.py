@@ -9,7 +9,7 @@ from okddip import distributed
 from okddip.errors import ConfigError
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
-from okddip.signals import heed
+from okddip.signals import raise_if_stopping
 from okddip.training import metrics
 from okddip.training.step import EvalStep, TrainStep
 
@@ -35,7 +35,7 @@ def train_on(
     method.train()
     sums = broken = None
     for number, (images, labels) in enumerate(batches, 1):
-        heed()
+        raise_if_stopping()
         sums = metrics.accumulate(sums, step(images, labels, ramp))
         if number % STEPS_BETWEEN_CHECKS == 0:
             if broken is not None:
@@ -65,7 +65,7 @@ def evaluate_on(
     method.eval()
     sums = None
     for images, labels in batches:
-        heed()
+        raise_if_stopping()
         _, batch_sums = step(images, labels, ramp)
         sums = metrics.accumulate(sums, batch_sums)
     if sums is None:

@@ -21,9 +21,10 @@ from okddip.data.dataset import Dataset
 from okddip.data.loader import Batches, EvalLoader, Share, TrainLoader, seed_of
 from okddip.data.streaming import StreamingLoader
 from okddip.errors import ConfigError, check_choice, check_number
+from okddip.files import append_line
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
-from okddip.signals import unstopped
+from okddip.signals import stops_deferred
 from okddip.training import checkpoint, metrics
 from okddip.training.devices import find_device
 from okddip.training.epoch import evaluate_on, refuse_broken_losses, train_on
@@ -383,10 +384,10 @@ def keep(state: dict[str, Any], folder: Path, tracker: Tracker, *, new: bool, be
         ConfigError: a file cannot be written.
     """
     epoch = {"epoch": state["epoch"], "timestamp_ms": state["timestamp_ms"]}
-    with unstopped():
+    with stops_deferred():
         checkpoint.save(state, folder, best=best)
         if new:
-            checkpoint.append_line(folder / "metrics.jsonl", json.dumps(epoch | state["metrics"]))
+            append_line(folder / "metrics.jsonl", json.dumps(epoch | state["metrics"]))
     tracker.log(state["metrics"], state["epoch"], state["timestamp_ms"])
 
 

@@ -22,7 +22,7 @@ from conftest import Answer, folders_of_images
 from omegaconf import DictConfig
 from PIL import Image
 
-from okddip.run import resume
+from okddip.run.identity import run_identity
 from okddip.tracking.tracker import MLflow
 from okddip.training import checkpoint
 from okddip.training.trainer import Trainer
@@ -164,12 +164,12 @@ def test_going_on_with_other_settings_is_refused_with_the_differences(okddip: Ok
 
 
 def test_a_run_is_the_same_on_another_gpu(configured: Callable[..., DictConfig]) -> None:
-    assert resume.identity(configured("trainer.device=cuda:1")) == resume.identity(
+    assert run_identity(configured("trainer.device=cuda:1")) == run_identity(
         configured("trainer.device=cuda")
     )
     # whose precision is another
-    assert resume.identity(configured("trainer.device=cpu")) != resume.identity(configured())
-    assert resume.identity(configured("trainer.tf32=false")) != resume.identity(configured())
+    assert run_identity(configured("trainer.device=cpu")) != run_identity(configured())
+    assert run_identity(configured("trainer.tf32=false")) != run_identity(configured())
 
 
 @pytest.mark.parametrize("by_id", [False, True])
@@ -275,10 +275,10 @@ def test_a_run_that_began_without_tracking_goes_on_with_it(okddip: Okddip, tmp_p
 
 
 def test_a_run_that_still_runs_is_not_taken_up(okddip: Okddip, tmp_path: Path) -> None:
-    from okddip.run.resume import lock
+    from okddip.run.folder import lock_folder
 
     assert okddip(*SMALL, "tracking=none", "hydra.run.dir=run").code == 0
-    with lock(tmp_path / "run"):
+    with lock_folder(tmp_path / "run"):
         answer = okddip(*SMALL, "tracking=none", "hydra.run.dir=run", "trainer.resume=auto")
     assert answer.code == 1
     assert "still running in another process" in answer.err
@@ -597,8 +597,8 @@ def test_a_store_that_was_deleted_in_between_is_told_everything_again(
         "okddip.main.make",
         "okddip.tracking.tracker.MLflow._create_run",
         "okddip.tracking.tracker.MLflow._log_params",
-        "okddip.training.checkpoint.link",
-        "okddip.training.checkpoint.append_line",
+        "okddip.files.link",
+        "okddip.files.append_line",
         "okddip.tracking.tracker.MLflow.log_artifact",
         "okddip.tracking.tracker.MLflow.finish",
         "okddip.training.trainer.metrics.read",

@@ -25,10 +25,11 @@ from hydra.types import RunMode
 from mlflow.entities import Run
 from omegaconf import DictConfig, OmegaConf
 
+from okddip.assembly import CONFIG_HOME
 from okddip.errors import ConfigError
-from okddip.main import CONFIG_HOME
-from okddip.sweeps import sweep
-from okddip.sweeps.sweep import datasets, gpu_in_turn
+from okddip.sweeps.joblib import choose_gpu
+from okddip.sweeps.outcomes import Outcome, read_outcomes, write_outcome
+from okddip.sweeps.parent import datasets
 from okddip.training import checkpoint
 from okddip.training.devices import find_device
 from okddip.training.trainer import Trainer
@@ -535,7 +536,7 @@ def test_whatever_fails_at_the_end_of_a_sweep_is_shown_and_its_parent_closed(
     def fail(*_: object) -> None:
         raise OSError("no more handles")
 
-    monkeypatch.setattr("okddip.sweeps.sweep.report", fail)
+    monkeypatch.setattr("okddip.sweeps.sweep.write_report", fail)
     answer = okddip("-m", *SMALL, "method=baseline", "seed=0")
     assert answer.code == 0
     assert "The end of the sweep is not whole:" in answer.out + answer.err
@@ -594,10 +595,10 @@ def test_a_job_that_outlives_its_sweep_does_not_write_over_what_became_of_the_ne
 ) -> None:
     folder = tmp_path / "0-job"
     folder.mkdir()
-    sweep.write(sweep.Outcome(0, [], "finished before", start="second"), folder)
-    sweep.write(sweep.Outcome(0, [], "finished", start="first"), folder)
-    assert [outcome.kind for outcome in sweep.outcomes_in(tmp_path, "second")] == ["finished before"]
-    assert [outcome.kind for outcome in sweep.outcomes_in(tmp_path, "first")] == ["finished"]
+    write_outcome(Outcome(0, [], "finished before", start="second"), folder)
+    write_outcome(Outcome(0, [], "finished", start="first"), folder)
+    assert [outcome.kind for outcome in read_outcomes(tmp_path, "second")] == ["finished before"]
+    assert [outcome.kind for outcome in read_outcomes(tmp_path, "first")] == ["finished"]
 
 
 @pytest.mark.slow
@@ -927,10 +928,10 @@ def test_jobs_side_by_side_take_the_visible_gpus_in_turn(
     devices = []
     for job in range(5):
         configured("hydra/launcher=joblib", f"hydra.job.num={job}")
-        devices += [find_device("auto", gpu_in_turn), find_device("cuda", gpu_in_turn)]
+        devices += [find_device("auto", choose_gpu), find_device("cuda", choose_gpu)]
     assert devices == current == [torch.device("cuda", gpu) for gpu in taken for _ in range(2)]
-    assert find_device("cuda:0", gpu_in_turn) == torch.device("cuda:0")
-    assert find_device("cpu", gpu_in_turn) == torch.device("cpu")
+    assert find_device("cuda:0", choose_gpu) == torch.device("cuda:0")
+    assert find_device("cpu", choose_gpu) == torch.device("cpu")
     assert len(current) == 10
 
 
@@ -942,7 +943,7 @@ def test_a_run_that_has_no_other_beside_it_takes_the_current_gpu(
 ) -> None:
     current = pretend_gpus(monkeypatch, 3)
     configured(*overrides)
-    assert find_device("auto", gpu_in_turn) == find_device("cuda", gpu_in_turn) == torch.device("cuda")
+    assert find_device("auto", choose_gpu) == find_device("cuda", choose_gpu) == torch.device("cuda")
     assert current == []
 
 
@@ -952,9 +953,9 @@ def test_without_a_gpu_jobs_side_by_side_train_on_the_cpu(
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     pretend_gpus(monkeypatch, 0)
     configured("hydra/launcher=joblib", "hydra.job.num=1")
-    assert find_device("auto", gpu_in_turn) == torch.device("cpu")
+    assert find_device("auto", choose_gpu) == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"trainer\.device=cuda: PyTorch sees 0 CUDA devices"):
-        find_device("cuda", gpu_in_turn)
+        find_device("cuda", choose_gpu)
 
 
 DEVICES = """

@@ -12,11 +12,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from okddip.main import CONFIG_HOME, build
+from okddip.assembly import CONFIG_HOME
+from okddip.main import build
+from okddip.run.parts import Parts
 from okddip.tasks.benchmark.measure import Bench, Operators, Spread, count
 from okddip.tasks.benchmark.plain_loop import PilLoader, Reference
 from okddip.tasks.benchmark.task import Shape, shape_of, with_synthetic_images
-from okddip.tasks.train import Parts
 from okddip.training.epoch import evaluate_on
 
 Okddip = Callable[..., Answer]

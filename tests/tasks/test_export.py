@@ -28,16 +28,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import okddip as package
-from okddip.assembly import Trust
+from okddip.assembly import make
 from okddip.data.sources import digits, image_folder
 from okddip.data.streaming import StreamingDataset
 from okddip.deployment.classifier import Classifier, Preprocessing
+from okddip.deployment.predictors import restore
 from okddip.errors import ConfigError
-from okddip.main import make, restore
 from okddip.models.backbone import Backbone
 from okddip.models.group import PeerGroup
 from okddip.tasks.train import export as exporting
 from okddip.training import checkpoint
+from okddip.trust import Trust
 
 Okddip = Callable[..., Answer]
 Trained = Callable[..., dict[str, Any]]

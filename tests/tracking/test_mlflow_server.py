@@ -13,8 +13,10 @@ from mlflow.entities import Run
 from omegaconf import OmegaConf
 from test_tracking import free_port, mlflow_server
 
-from okddip.run import resume
-from okddip.tasks.train import params_of
+from okddip.run.folder import read_metrics
+from okddip.run.identity import run_identity
+from okddip.run.references import find_checkpoint
+from okddip.run.summary import run_params
 from okddip.training import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -68,11 +70,11 @@ def lacks_nothing(client: MlflowClient, run: Run, uri: str) -> None:
     folder = Path(run.data.tags["folder"])
     state = checkpoint.load(folder / "last.pt")
     assert run.info.status == "FINISHED"
-    assert run.data.params == params_of(state["config"])
-    assert run.data.tags["identity"] == resume.identity(OmegaConf.create(state["config"]))
+    assert run.data.params == run_params(state["config"])
+    assert run.data.tags["identity"] == run_identity(OmegaConf.create(state["config"]))
     assert run.data.tags["mlflow.runName"] == state["config"]["name"]
 
-    epochs = resume.finished_epochs(folder / "metrics.jsonl")
+    epochs = read_metrics(folder / "metrics.jsonl")
     assert [epoch for epoch, _, _ in epochs] == [0, 1]
     summary = {"final/top1", "best/top1", "best/epoch"}
     assert run.data.metrics.keys() == {metric for _, _, results in epochs for metric in results} | summary
@@ -87,7 +89,7 @@ def lacks_nothing(client: MlflowClient, run: Run, uri: str) -> None:
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert files == {"config.yaml", "command.txt", "last.pt", "best.pt", "metrics.jsonl"}
     for file in ("last.pt", "best.pt"):
-        downloaded = checkpoint.find("checkpoint", f"runs:/{run.info.run_id}/{file}", uri)
+        downloaded = find_checkpoint("checkpoint", f"runs:/{run.info.run_id}/{file}", uri)
         assert downloaded.parent != folder
         assert downloaded.read_bytes() == (folder / file).read_bytes()
         checkpoint.load(downloaded)

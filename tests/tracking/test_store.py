@@ -90,7 +90,7 @@ def open_new_store(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "moment"), [(signal.SIGINT, 0.05), (signal.SIGTERM, 0.3), (signal.SIGKILL, 0.6)]
+    ("number", "moment"), [(signal.SIGINT, 0.02), (signal.SIGTERM, 0.1), (signal.SIGKILL, 0.2)]
 )
 def test_a_process_that_is_stopped_while_it_makes_a_store_leaves_none(
     tmp_path: Path, number: int, moment: float

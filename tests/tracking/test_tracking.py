@@ -25,7 +25,9 @@ from hydra.utils import instantiate
 
 from okddip.errors import ConfigError
 from okddip.signals import stop_on_signals
-from okddip.tracking.tracker import DatasetSplit, MLflow, NoTracking, flatten, git_changes, git_commit
+from okddip.tracking.params import flatten
+from okddip.tracking.source import git_changes, git_commit
+from okddip.tracking.tracker import DatasetSplit, MLflow, NoTracking
 from okddip.tracking.tracker import tracker as tracking
 
 REPOSITORY = Path(__file__).resolve().parents[2]

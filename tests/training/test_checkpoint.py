@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from okddip.errors import ConfigError
+from okddip.files import append_line, write_text
 from okddip.training import checkpoint
 
 
@@ -132,15 +133,15 @@ from okddip.training import checkpoint
 from okddip.errors import ConfigError
 folder = Path(sys.argv[1])
 checkpoint.save(state(0), folder, best=True)
-checkpoint.append_line(folder / "metrics.jsonl", "one")
+append_line(folder / "metrics.jsonl", "one")
 for free in range(0, 12 * 4096, 4096):
     room = os.statvfs(folder)
     (folder / "filler").write_bytes(bytes(max(0, room.f_bavail * room.f_frsize - free)))
     refused = []
     for name, step in {
         "last.pt": lambda: checkpoint.save(state(1), folder, best=True),
-        "run.json": lambda: checkpoint.write_text(folder / "run.json", "x" * 9000),
-        "metrics.jsonl": lambda: checkpoint.append_line(folder / "metrics.jsonl", "y" * 9000),
+        "run.json": lambda: write_text(folder / "run.json", "x" * 9000),
+        "metrics.jsonl": lambda: append_line(folder / "metrics.jsonl", "y" * 9000),
     }.items():
         try:
             step()
@@ -188,8 +189,8 @@ def test_a_folder_is_seen_onto_the_disk_after_its_files_are_renamed(
 
     monkeypatch.setattr(os, "fsync", watched)
     checkpoint.save(state(0), tmp_path, best=True)
-    checkpoint.write_text(tmp_path / "run.json", "{}")
-    checkpoint.append_line(tmp_path / "metrics.jsonl", "{}")
+    write_text(tmp_path / "run.json", "{}")
+    append_line(tmp_path / "metrics.jsonl", "{}")
     folders = [files for path, files in synced if path == tmp_path]
     assert folders == [
         ["best.pt", "last.pt"],

@@ -9,8 +9,9 @@ from conftest import Answer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from okddip.checks import check
 from okddip.errors import Incompatible
-from okddip.main import build, check
+from okddip.main import build
 from okddip.methods.base import Method
 from okddip.models.backbone import Backbone
 from okddip.models.group import PeerGroup

@@ -7,10 +7,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from okddip.checks import check
 from okddip.data.loader import Share
 from okddip.errors import ConfigError
-from okddip.main import build, check
-from okddip.tasks.train import Parts
+from okddip.main import build
+from okddip.run.parts import Parts
 from okddip.training.trainer import Trainer
 
 BuildParts = Callable[..., Parts]

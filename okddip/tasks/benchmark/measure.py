@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from okddip import distributed
 from okddip.models.group import PeerGroup
-from okddip.tasks.train import Parts
+from okddip.run.parts import Parts
 from okddip.training import metrics
 from okddip.training.epoch import evaluate_on
 from okddip.training.trainer import PRECISIONS, Trainer, own_share

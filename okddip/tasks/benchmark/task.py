@@ -18,11 +18,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-import okddip
 from okddip import distributed
 from okddip.data.options import check_options, image_shape
 from okddip.data.sources import Source, Split
 from okddip.errors import ConfigError, check_choice, check_number
+from okddip.files import write_text
+from okddip.run.parts import Parts
+from okddip.run.references import find_checkpoint
 from okddip.tasks.benchmark.measure import (
     Bench,
     Call,
@@ -35,8 +37,8 @@ from okddip.tasks.benchmark.measure import (
     uncompiled,
 )
 from okddip.tasks.benchmark.plain_loop import PilLoader, Reference
-from okddip.tasks.train import Parts
 from okddip.training import checkpoint
+from okddip.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
     )
     try:
         report = {
-            "version": okddip.__version__,
+            "version": __version__,
             "torch": torch.__version__,
             "device": device_name(parts.trainer.device),
             "threads": torch.get_num_threads(),
@@ -125,7 +127,7 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
             report |= cost_curve(synthetic, build, settings)
         (log_report if distributed.ranks() == 1 else log_ranks)(report)
         if settings.out and distributed.rank() == 0:
-            checkpoint.write_text(Path(str(settings.out)), json.dumps(report, indent=2) + "\n")
+            write_text(Path(str(settings.out)), json.dumps(report, indent=2) + "\n")
             parts.tracker.log_artifact(Path(str(settings.out)))
         parts.tracker.log(flat_numbers(report), 0)
         for point in report.get("cost", ()):
@@ -192,7 +194,7 @@ def shape_of(config: DictConfig) -> tuple[Shape, dict[str, Any]]:
             raise ConfigError(
                 "method.teacher=auto: task=benchmark trains no teacher. Name the checkpoint of one."
             )
-        path = checkpoint.find("method.teacher", config.method.teacher, config.tracking.get("uri"))
+        path = find_checkpoint("method.teacher", config.method.teacher, config.tracking.get("uri"))
         state = checkpoint.load(path)
         known = {name: state[name] for name in ("image_size", "channels")}
         known["classes"] = len(state["classes"])

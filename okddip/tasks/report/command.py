@@ -15,9 +15,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from okddip.assembly import PARTS, plain
 from okddip.errors import ConfigError
+from okddip.plain_data import plain
 from okddip.text import for_shell, for_shell_word, okddip_command
+from okddip.trust import PARTS, Trust
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -29,7 +30,7 @@ NOT_STRINGS = ("null", "true", "false", "inf", "nan")
 ABSENT = object()
 
 
-def reproduce(client: "MlflowClient", run_id: str) -> str:
+def reproduce(client: "MlflowClient", run_id: str, trust: Trust) -> str:
     """The command line of a run, below a line on the run itself.
 
     The command of a sweep's job is not the one that was typed, so the overrides are found anew: the options
@@ -40,9 +41,15 @@ def reproduce(client: "MlflowClient", run_id: str) -> str:
 
     Each line is a comment or calls this program and nothing else, whoever wrote to the store.
 
+    Args:
+        client: of the store.
+        run_id: of the run.
+        trust: what the configuration in the store may name.
+
     Raises:
-        ConfigError: there is no such run, it keeps no configuration, an option file of it is not there, or
-            what stands as the command of a sweep calls something else.
+        ConfigError: there is no such run, it keeps no configuration, an option file of it is not there, what
+            stands as the command of a sweep calls something else, or the configuration names parts that are
+            not trusted: somebody who pastes the command would run them.
     """
     from mlflow.exceptions import MlflowException
 
@@ -89,6 +96,7 @@ def reproduce(client: "MlflowClient", run_id: str) -> str:
     except (HydraException, OmegaConfBaseException) as error:
         hint = f" It was started with {for_shell(folders)}: give that here too." if folders else ""
         raise ConfigError(f"report.run={run_id}: cannot be composed here. {error}{hint}") from None
+    trust.check(wanted, f"report.run={run_id}: config.yaml")  # a command that names code runs it
     return "\n".join([about, *commands])
 
 
@@ -203,7 +211,7 @@ def as_override(value: Any) -> str:
 def config_folders(words: Sequence[str]) -> list[str]:
     """`--config-dir` of a command line: where the user's own option files are."""
     found = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word in ("--config-dir", "-cd"):
             found += ["--config-dir", following]
         elif word.startswith("--config-dir="):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from omegaconf import OmegaConf
 
 from okddip.assembly import CONFIG_HOME
-from okddip.tracking.tracker import flatten
+from okddip.tracking.params import flatten
 
 HERE = Path(__file__).parent
 # what the source says and not the option file, what follows from the length of the run, and the teacher

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from okddip.errors import ConfigError
-from okddip.run import resume
-from okddip.sweeps.sweep import finished_before
-from okddip.tracking.tracker import digests_of, params_of
+from okddip.run.identity import FOLDER_DATASETS, IGNORED_DATASET_SETTINGS, IGNORED_SETTINGS
+from okddip.sweeps.outcomes import finished_before
+from okddip.tracking.params import digests_of, params_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -137,8 +137,8 @@ def settings(run: "Run") -> dict[str, str]:
     known = {
         key: value
         for key, value in params_of(run).items()
-        if not key.startswith(resume.PLACES)
-        and not (key.startswith("dataset.") and key.rpartition(".")[2] in resume.PLACES_OF_DATA)
+        if not key.startswith(IGNORED_SETTINGS)
+        and not (key.startswith("dataset.") and key.rpartition(".")[2] in IGNORED_DATASET_SETTINGS)
         and key not in ("seed", TEACHER)
     }
     if teacher := tag(run, "teacher"):
@@ -216,7 +216,7 @@ def by_dataset(chosen: Sequence["Run"]) -> dict[str, list["Run"]]:
 def tested_on(run: "Run") -> Tested:
     known = params_of(run)
     option, root = known.get("dataset", ""), known.get("dataset.root", "")
-    place = root if option in resume.FOLDERS else ""
+    place = root if option in FOLDER_DATASETS else ""
     return Tested(option, known.get("dataset.image_size", ""), digests_of(run).get("test", ""), place)
 
 

@@ -12,13 +12,15 @@ from okddip.errors import ConfigError
 from okddip.tasks.report import command, figures, runs, tables
 from okddip.tasks.report.compare import compare
 from okddip.text import for_markdown, for_terminal
-from okddip.tracking.tracker import MAX_TAG_LENGTH, open_store
+from okddip.tracking.params import MAX_TAG_LENGTH
+from okddip.tracking.tracker import open_store
+from okddip.trust import trust_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-    from okddip.tasks.train import Parts
+    from okddip.run.parts import Parts
 
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description, in Markdown
 HEADING = "### Report"
@@ -42,7 +44,7 @@ def report(config: DictConfig, build: Callable[[DictConfig], "Parts"]) -> None:
         )
     client = open_store(uri)
     if asked.run is not None:
-        print(command.reproduce(client, str(asked.run)))
+        print(command.reproduce(client, str(asked.run), trust_of(config)))
         return
     found = runs.find(client, uri, config.tracking.experiment, asked.sweep, asked.where)
     folder = Path(asked.out or Path(HydraConfig.get().runtime.output_dir) / "report")

@@ -10,8 +10,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, open_dict
 
-from okddip.main import CONFIG_HOME
-from okddip.tasks.train import params_of
+from okddip.assembly import CONFIG_HOME
+from okddip.run.summary import run_params
 from okddip.tracking.tracker import CONTEXT
 
 EPOCHS = 12
@@ -41,7 +41,7 @@ def add_runs(
     method, peers = config.options.method, config.method.peers
     for seed, top1 in zip(seeds, last, strict=True):
         config.seed = seed
-        params = params_of(config)
+        params = run_params(config)
         run_id = client.create_run(
             experiment_id, tags={"method": method, "device": "cpu", **tags}
         ).info.run_id

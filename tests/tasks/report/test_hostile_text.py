@@ -18,8 +18,8 @@ from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 from report_store import configuration
 
+from okddip.run.summary import run_params
 from okddip.tasks.report import make, runs
-from okddip.tasks.train import params_of
 from okddip.tracking.tracker import MLflow
 
 Okddip = Callable[..., Answer]
@@ -59,7 +59,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     MLflow(uri, "okddip").open()
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("okddip").experiment_id
-    params = params_of(configuration("method=okddip", "method.peers=3", "trainer.epochs=1"))
+    params = run_params(configuration("method=okddip", "method.peers=3", "trainer.epochs=1"))
     params |= {"dataset": EVERYTHING, "model": EVERYTHING}
     for text in HOSTILE:
         for seed in SEEDS:
@@ -202,7 +202,7 @@ def test_another_command_in_a_tag_is_not_printed(okddip: Okddip, uri: str, comma
 def test_a_terminal_without_the_letters_costs_nothing(environment: dict[str, str], uri: str) -> None:
     store = MlflowClient(uri)
     small = store.create_experiment(f"small {len(environment)}")
-    params = params_of(configuration("method=baseline", "trainer.epochs=1")) | {"model": "сеть"}
+    params = run_params(configuration("method=baseline", "trainer.epochs=1")) | {"model": "сеть"}
     for seed in ("0", "1"):
         run_id = store.create_run(small).info.run_id
         metrics = [Metric(name, 90.0, 0, 0) for name in ("final/top1", "best/top1", "test/top1")]

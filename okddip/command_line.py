@@ -6,6 +6,16 @@ Hydra's own help takes seconds: it looks for subgroups in every option file.
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import TYPE_CHECKING
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from okddip.assembly import CONFIG_HOME
+from okddip.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
 
 HEADER = """\
 okddip: online knowledge distillation, from Hydra config groups into MLflow.
@@ -54,7 +64,7 @@ def usage(home: Path, arguments: Sequence[str] = ()) -> str:
 
 def config_folders(arguments: Sequence[str]) -> list[Path]:
     """The folder that `--config-dir` names, if there is one."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, _, value = argument.partition("=")
         if name in ("--config-dir", "-cd"):
             return [Path(value or following)]
@@ -65,3 +75,40 @@ def first_comment(path: Path) -> str:
     """The first line of an option file that is for readers."""
     comments = (line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
     return next((comment for comment in comments if not comment.startswith("@")), "")
+
+
+def check_choices(overrides: list[str]) -> None:
+    """Refuse `group=null` and `group=[1]` by name, which in Hydra end in a stack of frames.
+
+    Raises:
+        ConfigError: names the group and what is allowed.
+    """
+    for override in overrides:
+        group, _, value = override.lstrip("+").partition("=")
+        if not group or not (CONFIG_HOME / "conf" / group).is_dir():
+            continue
+        try:
+            chosen = OverridesParser.create().parse_override(override)
+        except HydraException:
+            continue  # Hydra says what is wrong
+        if chosen.is_sweep_override():
+            continue
+        names = chosen.value()
+        if not all(isinstance(name, str) for name in (names if isinstance(names, list) else [names])):
+            raise ConfigError(f"{group}={value}: must be an option of conf/{group}, or be left out.")
+
+
+def quote_report_filter(overrides: Sequence[str]) -> list[str]:
+    """Overrides in which the value of `report.where` is a string to Hydra, though it was typed as it is."""
+    quoted = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "report.where":
+            try:
+                OverridesParser.create().parse_override(override)
+            except HydraException:
+                from okddip.tasks.report.command import as_override
+
+                override = f"{key}={as_override(value)}"
+        quoted.append(override)
+    return quoted
