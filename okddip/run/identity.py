@@ -12,6 +12,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from okddip.assembly import make
+from okddip.former_names import first_name
 from okddip.tracking.params import flatten
 
 # What may differ between two runs that are the same run: where things are and how they are logged; and what
@@ -28,16 +29,18 @@ def identifying_settings(config: DictConfig | dict[str, Any]) -> dict[str, str]:
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     flat = flatten(cast(dict[str, Any], plain))
     return {
-        key: without_gpu_index(key, value)
+        key: identifying_value(key, value)
         for key, value in flat.items()
         if not key.startswith(IGNORED_SETTINGS)
         and not (key.startswith("dataset.") and key.rpartition(".")[2] in IGNORED_DATASET_SETTINGS)
     }
 
 
-def without_gpu_index(key: str, value: str) -> str:
-    """A setting's value without what makes no difference: which of a machine's GPUs it is."""
-    return value.partition(":")[0] if key == "trainer.device" else value
+def identifying_value(key: str, value: str) -> str:
+    """A setting's value without what makes no difference: which GPU it is, and where a class has moved to."""
+    if key == "trainer.device":
+        return value.partition(":")[0]
+    return first_name(value) if key.endswith("_target_") else value
 
 
 def run_identity(config: DictConfig | dict[str, Any], lengths: Sequence[int] = ()) -> str:

@@ -65,7 +65,7 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
         FOLDER_DATASETS,
         IGNORED_DATASET_SETTINGS,
         IGNORED_SETTINGS,
-        without_gpu_index,
+        identifying_value,
     )
 
     overrides, swept = sweep_overrides(config)
@@ -75,7 +75,7 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
     places = [place for place in IGNORED_SETTINGS if place != "methods."]
     places += [f"dataset.{key}" for key in IGNORED_DATASET_SETTINGS]
     settings = sorted(
-        f"{key}={without_gpu_index(key, value)}"
+        f"{key}={identifying_value(key, value)}"
         for key, value in overrides.items()
         if not key.startswith((*places, "tracking"))
     )

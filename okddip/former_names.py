@@ -1,0 +1,32 @@
+"""What parts of the program were called before, in runs, checkpoints and stores of older versions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# `_target_` then: now
+MOVED = {
+    "okddip.trainer.Trainer": "okddip.training.trainer.Trainer",
+    "okddip.schedules.multistep": "okddip.training.schedules.multistep",
+    "okddip.schedules.cosine": "okddip.training.schedules.cosine",
+    "okddip.schedules.constant": "okddip.training.schedules.constant",
+}
+FIRST_NAMES = {now: then for then, now in MOVED.items()}
+
+
+def with_current_names(config: Any) -> Any:
+    """A copy of a plain configuration in which each `_target_` has the name of today."""
+    if isinstance(config, Mapping):
+        return {
+            key: MOVED.get(value, value)
+            if key == "_target_" and isinstance(value, str)
+            else with_current_names(value)
+            for key, value in config.items()
+        }
+    if isinstance(config, list):
+        return [with_current_names(item) for item in config]
+    return config
+
+
+def first_name(target: str) -> str:
+    """The first name that a part had: what identifies a run must not change when its parts move."""
+    return FIRST_NAMES.get(target, target)
