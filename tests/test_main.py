@@ -193,6 +193,13 @@ def test_a_last_batch_of_one_image_is_left_out_of_training(okddip: Okddip, tmp_p
     assert "359 test images" in answer.out  # and the test set's last image is evaluated alone
 
 
+def test_a_training_set_that_fills_no_batch_is_refused_where_short_ones_are_left_out(okddip: Okddip) -> None:
+    few = ("dataset=digits", "model=resnet8", "tracking=none", "dataset.train_size=100")
+    answer = okddip(*few, "trainer.drop_last=true")
+    assert answer.code == 1
+    assert "trainer.drop_last=true: 100 training images fill no batch of trainer.batch_size=128" in answer.err
+
+
 def test_a_training_set_of_one_image_is_refused(okddip: Okddip, tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / "images" / split / "cat").mkdir(parents=True)

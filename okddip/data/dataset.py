@@ -99,8 +99,9 @@ class Dataset:
         seed: int,
         channels_last: bool = False,
         share: Share = ALL,
+        drop_last: bool = False,
     ) -> TrainLoader:
-        """Shuffled, augmented batches of the training images; of each batch a share."""
+        """Shuffled, augmented batches of the training images; of each batch a share. See `TrainLoader`."""
         return TrainLoader(
             self.splits["train"],
             batch_size,
@@ -112,6 +113,7 @@ class Dataset:
             on_device=self._fits(device),
             channels_last=channels_last,
             share=share,
+            drop_last=drop_last,
         )
 
     def eval_loader(

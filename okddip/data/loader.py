@@ -95,6 +95,7 @@ class TrainLoader(_Loader):
         split: uint8 images [N, H, W, C], labels [N].
         batch_size: the last batch of an epoch may be smaller. One image alone is left out: batch norm cannot
             normalise a single value.
+        drop_last: leave out any smaller batch. Which images that are changes with the epoch's order.
         device: where the batches are wanted.
         constants: of the normalisation, on `device`.
         seed: non-negative.
@@ -117,14 +118,16 @@ class TrainLoader(_Loader):
         on_device: bool = True,
         channels_last: bool = False,
         share: Share = ALL,
+        drop_last: bool = False,
     ) -> None:
         super().__init__(split, batch_size, device, constants, on_device, channels_last, share)
+        self.smallest = batch_size if drop_last else 2
         self.seed = seed
         self.pad = pad
         self.flip = flip
 
     def __len__(self) -> int:
-        return self.size // self.batch_size + (self.size % self.batch_size > 1)
+        return self.size // self.batch_size + (self.size % self.batch_size >= self.smallest)
 
     def batches(self, epoch: int) -> Batches:
         """Images [B, C, H, W] float32 and labels [B] of one epoch (counted from 0), on the device."""

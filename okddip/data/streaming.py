@@ -153,8 +153,9 @@ class StreamingDataset:
         seed: int,
         channels_last: bool = False,
         share: Share = ALL,
+        drop_last: bool = False,
     ) -> "StreamingLoader":
-        """Shuffled, augmented batches of the training images; of each batch a share."""
+        """Shuffled, augmented batches of the training images; of each batch a share. See `TrainLoader`."""
         return StreamingLoader(
             self,
             self.splits["train"],
@@ -164,6 +165,7 @@ class StreamingDataset:
             channels_last,
             seed=seed,
             share=share,
+            drop_last=drop_last,
         )
 
     def eval_loader(
@@ -198,7 +200,7 @@ class StreamingLoader:
 
     Args:
         seed: None for all images in order.
-        share: see `okddip.data.loader.TrainLoader`.
+        share, drop_last: see `okddip.data.loader.TrainLoader`.
     """
 
     def __init__(
@@ -212,8 +214,10 @@ class StreamingLoader:
         *,
         seed: int | None,
         share: Share,
+        drop_last: bool = False,
     ) -> None:
         self.share = share
+        self.smallest = 1 if seed is None else batch_size if drop_last else 2
         self.image_size = dataset.image_size
         self.size = len(files.labels)
         self.skipped = 0  # images left out so far because they cannot be read
@@ -227,8 +231,7 @@ class StreamingLoader:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
-        alone = self.seed is not None and self.size % self.batch_size == 1
-        return -(-self.size // self.batch_size) - alone
+        return self.size // self.batch_size + (self.size % self.batch_size >= self.smallest)
 
     def batches(self, epoch: int = 0) -> Batches:
         """Images [B, 3, H, W] float32 and labels [B] of one epoch (counted from 0), on the device.
@@ -298,7 +301,7 @@ class StreamingLoader:
         if self.seed is not None:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
             order = torch.randperm(self.size, generator=generator)
-        for first in range(0, self.size, self.batch_size):
+        for first in range(0, self.size, self.batch_size)[: len(self)]:
             places = range(first, min(first + self.batch_size, self.size))
             yield [
                 Draw(int(order[place]), None if self.seed is None else batch_seed(self.seed, epoch, place))

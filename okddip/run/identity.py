@@ -19,6 +19,8 @@ from okddip.tracking.params import flatten
 # several methods share, which counts where a method takes it.
 IGNORED_SETTINGS = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.", "methods.", "trust")
 IGNORED_DATASET_SETTINGS = ("root", "cache_dir")
+# Settings that came later: with these values a run is what it was without them
+LATER_SETTINGS = {"trainer.drop_last": "false"}
 # As long as this variable has one value (a sweep sets it for its jobs) images are read once to compare them.
 SAME_IMAGES = "OKDDIP_SWEEP_START"
 FOLDER_DATASETS = ("image_folder", "imagenet")  # data sets that are whatever lies in their place
@@ -32,6 +34,7 @@ def identifying_settings(config: DictConfig | dict[str, Any]) -> dict[str, str]:
         key: identifying_value(key, value)
         for key, value in flat.items()
         if not key.startswith(IGNORED_SETTINGS)
+        and LATER_SETTINGS.get(key) != value
         and not (key.startswith("dataset.") and key.rpartition(".")[2] in IGNORED_DATASET_SETTINGS)
     }
 

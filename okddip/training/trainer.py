@@ -47,7 +47,7 @@ SMALLEST = {  # of whole numbers
 LARGEST = 10**7
 CHOICES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("channels_last", "compile", "fused", "tf32", "cudnn_benchmark"), (True, False)),
-    **dict.fromkeys(("sync_batch_norm", "rerun"), (True, False)),
+    **dict.fromkeys(("sync_batch_norm", "drop_last", "rerun"), (True, False)),
     "precision": ("auto", *PRECISIONS),
     "compile_mode": COMPILE_MODES,
 }
@@ -89,6 +89,7 @@ class Trainer:
     cudnn_benchmark: bool
     gradient_clip: float | None
     accumulate: int
+    drop_last: bool
     sync_batch_norm: bool
     resume: str | None
     rerun: bool
@@ -187,10 +188,14 @@ class Trainer:
         self.set_backend_flags()
         train_step = self.train_step(group, method, optimizer, dataset)
         eval_step = self.eval_step(group, method, dataset)
-        place = (self.device, self.channels_last, own_share())
-        train_loader = dataset.train_loader(self.batch_size, place[0], seed, *place[1:])
+        self.check_training_set(dataset)
+        share = own_share()
+        train_loader = dataset.train_loader(
+            self.batch_size, self.device, seed, self.channels_last, share, self.drop_last
+        )
         splits = [split for split in dataset.sizes if split != "train"]
-        loaders = {split: dataset.eval_loader(split, self.eval_batch_size, *place) for split in splits}
+        place = (self.eval_batch_size, self.device, self.channels_last, share)
+        loaders = {split: dataset.eval_loader(split, *place) for split in splits}
         judge = "val" if "val" in splits else "test"
         history = History(judge, state, reported)
         parts: dict[str, Any] = {
@@ -231,6 +236,18 @@ class Trainer:
             if epoch == first_epoch and not is_last:
                 log_expected_end(started, self.epochs - 1 - epoch)
         return history.kept
+
+    def check_training_set(self, dataset: Dataset) -> None:
+        """See that the training images fill a batch, where shorter ones are left out.
+
+        Raises:
+            ConfigError: names both sizes.
+        """
+        if self.drop_last and dataset.sizes["train"] < self.batch_size:
+            raise ConfigError(
+                f"trainer.drop_last=true: {dataset.sizes['train']} training images fill no batch of"
+                f" trainer.batch_size={self.batch_size}. Take smaller batches, or trainer.drop_last=false."
+            )
 
     def train_step(
         self,

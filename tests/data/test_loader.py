@@ -35,6 +35,14 @@ def test_an_epoch_has_every_image_once_and_a_smaller_last_batch() -> None:
     assert batches[0][0].dtype == torch.float32
 
 
+def test_short_batches_are_left_out_on_request_and_other_images_in_each_epoch() -> None:
+    loader = TrainLoader(SPLIT, 16, CPU, CONSTANTS, seed=0, pad=2, flip=True, drop_last=True)
+    assert [len(labels) for _, labels in loader.batches(0)] == [16, 16, 16]
+    assert len(loader) == 3
+    assert order_of(loader, 0) == order_of(train_loader(), 0)[:48]
+    assert set(order_of(loader, 0)) != set(order_of(loader, 1))
+
+
 def test_the_same_seed_gives_the_same_batches_and_epochs_hang_on_no_other() -> None:
     fresh = list(train_loader(seed=3).batches(5))
     used = train_loader(seed=3)

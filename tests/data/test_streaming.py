@@ -106,6 +106,12 @@ def test_workers_end_with_their_epoch_and_when_it_is_left_early(root: Path) -> N
     assert multiprocessing.active_children() == []
 
 
+def test_short_batches_are_left_out_on_request(root: Path) -> None:
+    loader = streamed(root).train_loader(5, CPU, seed=0, drop_last=True)
+    assert [len(labels) for _, labels in loader.batches(0)] == [5, 5]
+    assert len(loader) == 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_ends_the_run_by_its_name(root: Path, workers: int) -> None:
     (root / "train" / "n01440764" / "3.JPEG").write_bytes(b"no image")

@@ -34,6 +34,13 @@ def test_the_identity_of_a_configuration_is_that_of_version_0_1_0(
     assert run_identity(configured(*overrides)) == identity
 
 
+def test_a_setting_that_came_later_makes_another_run_where_it_is_not_at_its_default(
+    configured: Callable[..., DictConfig],
+) -> None:
+    default, other = configured(), configured("trainer.drop_last=true")
+    assert run_identity(default) != run_identity(other)
+
+
 def named_as_before(config: Any) -> Any:
     """A plain configuration with the names that parts had in version 0.1.0."""
     before = {now: then for then, now in MOVED.items()}

@@ -52,7 +52,9 @@ class Bench:
         )
         self.eval_forward = self.trainer.eval_step(self.group, self.method, parts.dataset)
         self.ramp = torch.ones((), device=device)
-        loader = parts.dataset.train_loader(self.trainer.batch_size, device, 0, channels_last, share)
+        loader = parts.dataset.train_loader(
+            self.trainer.batch_size, device, 0, channels_last, share, self.trainer.drop_last
+        )
         self.train_batches = endless(loader.batches)
         self.eval_loader = parts.dataset.eval_loader(
             "test", self.trainer.eval_batch_size, device, channels_last, share
