@@ -12,15 +12,13 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from okddip.assembly import make
-from okddip.former_names import first_name
+from okddip.older_versions import LATER_SETTINGS, first_name
 from okddip.tracking.params import flatten
 
 # What may differ between two runs that are the same run: where things are and how they are logged; and what
 # several methods share, which counts where a method takes it.
 IGNORED_SETTINGS = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.", "methods.", "trust")
 IGNORED_DATASET_SETTINGS = ("root", "cache_dir")
-# Settings that came later: with these values a run is what it was without them
-LATER_SETTINGS = {"trainer.drop_last": "false"}
 # As long as this variable has one value (a sweep sets it for its jobs) images are read once to compare them.
 SAME_IMAGES = "OKDDIP_SWEEP_START"
 FOLDER_DATASETS = ("image_folder", "imagenet")  # data sets that are whatever lies in their place
@@ -30,11 +28,12 @@ def identifying_settings(config: DictConfig | dict[str, Any]) -> dict[str, str]:
     """What makes a run what it is: the flattened configuration without places and switches."""
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     flat = flatten(cast(dict[str, Any], plain))
+    later = flatten(LATER_SETTINGS)
     return {
         key: identifying_value(key, value)
         for key, value in flat.items()
         if not key.startswith(IGNORED_SETTINGS)
-        and LATER_SETTINGS.get(key) != value
+        and later.get(key) != value
         and not (key.startswith("dataset.") and key.rpartition(".")[2] in IGNORED_DATASET_SETTINGS)
     }
 

@@ -13,7 +13,7 @@ import torch
 from okddip import files
 from okddip.errors import ConfigError
 from okddip.files import link, sync_folder, writing
-from okddip.former_names import with_current_names
+from okddip.older_versions import updated
 from okddip.plain_data import plain
 from okddip.training.finite import not_finite
 from okddip.version import __version__
@@ -94,7 +94,7 @@ def load(path: Path, keys: dict[str, type] | None = None) -> dict[str, Any]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{path}: cannot be read as a checkpoint ({reason}).") from error
     refuse_foreign(state, keys or KEYS, path)
-    state["config"] = with_current_names(plain(state["config"], "", path))
+    state["config"] = updated(plain(state["config"], "", path))
     return state
 
 

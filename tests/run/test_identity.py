@@ -9,7 +9,7 @@ import torch
 from conftest import Answer
 from omegaconf import DictConfig
 
-from okddip.former_names import MOVED
+from okddip.older_versions import MOVED
 from okddip.run.identity import run_identity
 from okddip.training import checkpoint
 

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from okddip.errors import ConfigError
+from okddip.older_versions import updated
 from okddip.plain_data import plain
 from okddip.text import for_shell, for_shell_word, okddip_command
 from okddip.trust import PARTS, Trust
@@ -122,6 +123,7 @@ def configuration(text: str, source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: is no configuration of a run of this program.")
     if any(".." in str(option).split("/") for option in wanted["options"].values()):
         raise ConfigError(f"{source}: names an option outside of the folders of options.")
+    wanted = updated(wanted)
     wanted.setdefault("trust", [])  # of a run before there was such a key
     return wanted
 

@@ -1,4 +1,4 @@
-"""What parts of the program were called before, in runs, checkpoints and stores of older versions."""
+"""What configurations of older versions lack or call otherwise: those in checkpoints, runs and stores."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +9,23 @@ MOVED = {
     "okddip.schedules.multistep": "okddip.training.schedules.multistep",
     "okddip.schedules.cosine": "okddip.training.schedules.cosine",
     "okddip.schedules.constant": "okddip.training.schedules.constant",
+    "okddip.tasks.train": "okddip.tasks.train.train",
+    "okddip.tracking.MLflow": "okddip.tracking.tracker.MLflow",
+    "okddip.tracking.NoTracking": "okddip.tracking.tracker.NoTracking",
 }
 FIRST_NAMES = {now: then for then, now in MOVED.items()}
+
+# Settings that came later, with the value that a run without them had. With it they identify no run.
+LATER_SETTINGS = {"trainer": {"drop_last": False}}
+
+
+def updated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain configuration of this version or an older one, as this version writes it."""
+    current = with_current_names(config)
+    for group, settings in LATER_SETTINGS.items():
+        if isinstance(current.get(group), dict):
+            current[group] = settings | current[group]
+    return current
 
 
 def with_current_names(config: Any) -> Any:
