@@ -29,7 +29,7 @@ KEYS = {
 TRAINING_KEYS = {"timestamp_ms": int, "metrics": dict, "optimizer": dict, "scaler": dict}
 # kinds of their items; what is text there may say whatever class and file names say
 ITEMS: dict[str, Any] = {
-    **{"classes": str, "digests": str, "image_size": int, "lengths": int},
+    **{"classes": str, "digests": str, "image_size": int},
     **{"mean": int | float, "std": int | float, "metrics": int | float, "history": int | float},
 }
 GROUPS = ("method", "model", "dataset", "optimizer", "scheduler", "trainer", "options")  # of its config
