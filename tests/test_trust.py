@@ -26,7 +26,7 @@ from okddip.errors import ConfigError
 from okddip.models.group import PeerGroup
 from okddip.plain_data import plain
 from okddip.tasks.benchmark.task import Shape, with_synthetic_images
-from okddip.tasks.report.command import configuration
+from okddip.tasks.report.reproduce import parse_configuration
 from okddip.tracking.tracker import MLflow
 from okddip.training import checkpoint
 from okddip.trust import PARTS, Trust, package_targets, targets, trust_in
@@ -353,7 +353,7 @@ def test_a_configuration_in_the_store_is_read_as_plain_data(honest: State, text:
         rest |= {} if text.startswith("options") else {"options": {}}
         text = f"{OmegaConf.to_yaml(OmegaConf.create(rest))}{text}\n"
     with pytest.raises(ConfigError) as caught:
-        configuration(text, "report.run=1: config.yaml")
+        parse_configuration(text, "report.run=1: config.yaml")
     assert sentence in str(caught.value)
     assert SECRET not in str(caught.value)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PAGE = 1000  # runs that the store sends at once
 NEEDED = {"method", "seed", "trainer.epochs"}  # params of a training run
 TEACHER = "method.teacher"  # the param: where it is
-LENGTHENED = "trainer.lengthened_from"  # the tag `lengths`, as a column
+LENGTHS = "lengths"  # tag of a run that an older version lengthened against its schedule
 OTHER_TASKS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
 
 
@@ -115,7 +115,7 @@ def search(client: "MlflowClient", experiment_id: str, where: str = "") -> list[
 
 
 def comparable(found: Sequence["Run"]) -> tuple[list["Run"], str]:
-    """The finished training runs among `found`, oldest first, and a sentence on those left out."""
+    """The finished training runs among `found`, oldest first, and sentences on those left out."""
     training = [
         run for run in found if run.data.params.keys() >= NEEDED and not OTHER_TASKS & run.data.tags.keys()
     ]
@@ -124,12 +124,18 @@ def comparable(found: Sequence["Run"]) -> tuple[list["Run"], str]:
         for run in training
         if run.info.status == "FINISHED" and {"final/top1", "best/top1"} <= run.data.metrics.keys()
     ]
-    finished.sort(key=lambda run: run.info.start_time)
     unfinished = Counter(run.info.status for run in training if run not in finished)
-    if not unfinished:
-        return finished, ""
-    statuses = ", ".join(f"{number} {status}" for status, number in sorted(unfinished.items()))
-    return finished, f"Unfinished runs, left out: {unfinished.total()} ({statuses})."
+    sentences = []
+    if unfinished:
+        statuses = ", ".join(f"{number} {status}" for status, number in sorted(unfinished.items()))
+        sentences.append(f"Unfinished runs, left out: {unfinished.total()} ({statuses}).")
+    if lengthened := sum(bool(tag(run, LENGTHS)) for run in finished):
+        sentences.append(
+            f"Runs that an older version lengthened, left out: {lengthened}; their schedule is that of no one"
+            " length."
+        )
+    compared = [run for run in finished if not tag(run, LENGTHS)]
+    return sorted(compared, key=lambda run: run.info.start_time), " ".join(sentences)
 
 
 def settings(run: "Run") -> dict[str, str]:
@@ -143,8 +149,6 @@ def settings(run: "Run") -> dict[str, str]:
     }
     if teacher := tag(run, "teacher"):
         known |= {TEACHER: teacher, f"{TEACHER}_model": teacher.rpartition("-")[0]}
-    if lengths := tag(run, "lengths"):
-        known[LENGTHENED] = lengths
     return known
 
 

@@ -130,11 +130,6 @@ def notes(comparison: Comparison) -> list[str]:
             )
     if "teacher" in comparison.columns:
         lines.append("teacher: its model, with a word for its settings and images (the runs' tag `teacher`).")
-    if "lengthened_from" in comparison.columns:
-        lines.append(
-            "lengthened_from: epochs that runs were to have before they were made longer; learning rate or"
-            " ramp went by them."
-        )
     if comparison.named:
         lines.append(", ".join(f"{name}: {text}" for name, text in comparison.named.items()) + ".")
     if comparison.repeated:

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from okddip.errors import ConfigError
-from okddip.tasks.report import command, figures, runs, tables
+from okddip.tasks.report import figures, reproduce, runs, tables
 from okddip.tasks.report.compare import compare
 from okddip.text import for_markdown, for_terminal
 from okddip.tracking.params import MAX_TAG_LENGTH
@@ -44,7 +44,7 @@ def report(config: DictConfig, build: Callable[[DictConfig], "Parts"]) -> None:
         )
     client = open_store(uri)
     if asked.run is not None:
-        print(command.reproduce(client, str(asked.run), trust_of(config)))
+        print(reproduce.reproducing_command(client, str(asked.run), trust_of(config)))
         return
     found = runs.find(client, uri, config.tracking.experiment, asked.sweep, asked.where)
     folder = Path(asked.out or Path(HydraConfig.get().runtime.output_dir) / "report")
