@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SWITCHES = ("trainer.resume", "trainer.rerun")  # how a run was continued is no part of what it is
 UNNAMED_GROUPS = ("optimizer", "scheduler", "trainer", "tracking")  # `options` names the others
-BARE = re.compile(r"[A-Za-z_./][\w./:\-]*")  # strings that Hydra takes without quotes
+UNQUOTED = re.compile(r"[A-Za-z_./][\w./:\-]*")  # strings that Hydra takes without quotes
 NOT_STRINGS = ("null", "true", "false", "inf", "nan")
 ABSENT = object()
 
@@ -156,14 +156,14 @@ def find_overrides(wanted: Mapping[str, Any]) -> list[str]:
         ConfigError: there are none.
         HydraException: an option that `wanted` names is not there.
     """
-    defaults = composed([])["options"]
+    defaults = compose_resolved([])["options"]
     chosen = [
         f"{group}={option}" for group, option in wanted["options"].items() if option != defaults.get(group)
     ]
     for group in UNNAMED_GROUPS:
         chosen += option_with_target(group, wanted, chosen)
     while True:
-        different = sorted(differences(wanted, composed(chosen)), key=importance)
+        different = sorted(differences(wanted, compose_resolved(chosen)), key=depth)
         if not different:
             return chosen
         key, sign, value = different[0]
@@ -173,7 +173,7 @@ def find_overrides(wanted: Mapping[str, Any]) -> list[str]:
         chosen.append(override)
 
 
-def importance(difference: tuple[str, str, Any]) -> tuple[bool, int]:
+def depth(difference: tuple[str, str, Any]) -> tuple[bool, int]:
     """Upper keys first: lower ones refer to them. The name follows from all."""
     key = difference[0]
     return key == "name", key.count(".")
@@ -182,15 +182,15 @@ def importance(difference: tuple[str, str, Any]) -> tuple[bool, int]:
 def option_with_target(group: str, wanted: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
     """The override that chooses the option of a group with the wanted `_target_`, if another is chosen."""
     target = wanted[group].get("_target_")
-    if composed(chosen)[group].get("_target_") == target:
+    if compose_resolved(chosen)[group].get("_target_") == target:
         return []
     for option in GlobalHydra.instance().config_loader().get_group_options(group):
-        if composed([*chosen, f"{group}={option}"])[group].get("_target_") == target:
+        if compose_resolved([*chosen, f"{group}={option}"])[group].get("_target_") == target:
             return [f"{group}={option}"]
     return []
 
 
-def composed(arguments: Sequence[str]) -> dict[str, Any]:
+def compose_resolved(arguments: Sequence[str]) -> dict[str, Any]:
     """The resolved configuration that overrides compose to, in the program as it runs."""
     hydra = HydraConfig.instance()
     before = hydra.cfg
@@ -227,7 +227,7 @@ def as_override(value: Any) -> str:
         return "[" + ",".join(map(as_override, value)) + "]"
     if not isinstance(value, str):
         return repr(value)
-    if BARE.fullmatch(value) and value.lower() not in NOT_STRINGS:
+    if UNQUOTED.fullmatch(value) and value.lower() not in NOT_STRINGS:
         return value
     # a backslash counts for two before a quote alone
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
