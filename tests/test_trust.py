@@ -290,7 +290,7 @@ def test_an_archive_that_inflates_is_refused_unread(honest: State) -> None:
             archive.writestr(part, whole.read(part), zipfile.ZIP_DEFLATED)
     for file in ("bomb.pt", "small.pt"):
         with pytest.raises(
-            ConfigError, match=rf"{file}: is no checkpoint of this program: its parts would take"
+            ConfigError, match=rf"{file}: is not a checkpoint of this program: its parts would take"
         ):
             checkpoint.load(Path(file))
 
@@ -342,8 +342,8 @@ def exported(okddip: Okddip, of: str, *overrides: str) -> dict[str, Any]:
         ("note: !!python/object/apply:os.system [touch on_the_path/pwned]", "cannot be read"),
         ("a: &a [1,1]\nb: &b [*a,*a]\nnote: [*b,*b]", "holds YAML aliases"),
         ("note: [", "cannot be read"),
-        ("[]", "is no configuration of a run"),
-        ("model: 7", "is no configuration of a run"),
+        ("[]", "is not the configuration of a run"),
+        ("model: 7", "is not the configuration of a run"),
         ("options: {model: ../../../evil}", "names an option outside of the folders of options"),
     ],
 )

@@ -23,7 +23,7 @@ from okddip.text import for_shell
 from okddip.tracking.address import absolute_uri
 from okddip.tracking.tracker import MLflow, NoTracking
 from okddip.training import checkpoint
-from okddip.training.checkpoint import KEYS, TRAINING_KEYS
+from okddip.training.checkpoint import REQUIRED_KEYS, TRAINING_KEYS
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def copy_checkpoint(run: Run, config: DictConfig, path: Path) -> None:
         artifact = f"runs:/{run.tracking_id}/{name}"
         return find_checkpoint("trainer.resume", artifact, config.tracking.get("uri"))
 
-    state = checkpoint.load(path, KEYS | TRAINING_KEYS)
+    state = checkpoint.load(path, REQUIRED_KEYS | TRAINING_KEYS)
     checkpoint.warn_of_other_version(state, path)
     check_same_settings(config, state, path)
     begin(run, config)

@@ -44,7 +44,7 @@ def check_same_settings(config: DictConfig, state: dict[str, Any], place: Path) 
         f"  {key}: {theirs.get(key, 'absent')} there, {ours.get(key, 'absent')} here"
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key)
-        and not (key == LENGTH and int(ours[key]) > int(theirs.get(key, ours[key])))
+        and not (key == LENGTH and theirs.get(key, "").isdecimal() and int(ours[key]) > int(theirs[key]))
     ]
     if differences:
         raise ConfigError(

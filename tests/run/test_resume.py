@@ -614,7 +614,9 @@ def test_a_foreign_checkpoint_is_refused_by_name(okddip: Okddip, tmp_path: Path,
     for answer in answers:
         assert answer.code == 1
         assert "Traceback" not in answer.err
-        message = "does not fit" if kind.startswith("other ") else f"{tmp_path}/foreign.pt: is no checkpoint"
+        message = (
+            "does not fit" if kind.startswith("other ") else f"{tmp_path}/foreign.pt: is not a checkpoint"
+        )
         assert message.replace(f"{tmp_path}/", "") in answer.err.replace(f"{tmp_path}/", ""), answer.err
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-SWITCHES = ("trainer.resume", "trainer.rerun")  # how a run was continued is no part of what it is
+SWITCHES = ("trainer.resume", "trainer.rerun")  # how a run was resumed makes it no other run
 UNNAMED_GROUPS = ("optimizer", "scheduler", "trainer", "tracking")  # `options` names the others
 UNQUOTED = re.compile(r"[A-Za-z_./][\w./:\-]*")  # strings that Hydra takes without quotes
 NOT_STRINGS = ("null", "true", "false", "inf", "nan")
@@ -139,10 +139,10 @@ def parse_configuration(text: str, source: str) -> dict[str, Any]:
     wanted = plain(content, "", source)
     groups = (*PARTS, "tracking", "options")
     if not isinstance(wanted, dict) or not all(isinstance(wanted.get(group), dict) for group in groups):
-        raise ConfigError(f"{source}: is no configuration of a run of this program.")
+        raise ConfigError(f"{source}: is not the configuration of a run of this program.")
     for group, option in wanted["options"].items():
         if not isinstance(option, str):
-            raise ConfigError(f"{source}: options.{group}={option}: is no name of an option.")
+            raise ConfigError(f"{source}: options.{group}={option}: must be the name of an option.")
         if ".." in option.split("/"):
             raise ConfigError(f"{source}: names an option outside of the folders of options.")
     wanted.setdefault("trust", [])  # of a run before there was such a key
