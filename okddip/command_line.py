@@ -107,7 +107,7 @@ def quote_report_filter(overrides: Sequence[str]) -> list[str]:
             try:
                 OverridesParser.create().parse_override(override)
             except HydraException:
-                from okddip.tasks.report.command import as_override
+                from okddip.tasks.report.reproduce import as_override
 
                 override = f"{key}={as_override(value)}"
         quoted.append(override)

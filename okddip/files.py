@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and seen onto the disk."""
+"""Files that are written whole or not at all, and flushed to the disk."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from okddip.errors import ConfigError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file that cannot be written.
+    """Turn a failure to write a file into an error that names it.
 
     Raises:
         ConfigError: with the system's reason.
@@ -28,13 +28,13 @@ def writing(path: Path) -> Iterator[None]:
             raise
         raise ConfigError(
             f"{path}: cannot be written ({cause.strerror or cause}). What was finished before is whole. Make"
-            " room, or make the folder writable, and give the command again; a run goes on with"
+            " room, or make the folder writable, and give the command again; resume a run with"
             " trainer.resume=auto."
         ) from error
 
 
 def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Fill a file and see it onto the disk."""
+    """Fill a file and flush it to the disk."""
     with path.open("wb") as file:
         fill(file)
         file.flush()
@@ -55,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file and see it onto the disk.
+    """Add a line to a file and flush it to the disk.
 
     Raises:
         ConfigError: it cannot be written.
@@ -71,7 +71,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """See the names of a folder's files onto the disk: a power cut would undo what was renamed."""
+    """Flush the names of a folder's files to the disk: a power cut would undo what was renamed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some file systems know no such thing
@@ -92,6 +92,6 @@ def link(source: Path, target: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file and see it onto the disk."""
+    """Copy a file and flush it to the disk."""
     with source.open("rb") as original:
         write(target, lambda file: shutil.copyfileobj(original, file))

@@ -26,7 +26,7 @@ import torch
 from mlflow import MlflowClient
 from test_tracking import free_port, mlflow_server
 
-from okddip.run.folder import read_metadata, read_metrics
+from okddip.run.folder import RunFolder
 from okddip.tracking.outbox import LOCK
 from okddip.tracking.tracker import MLflow
 from okddip.training import checkpoint
@@ -104,12 +104,12 @@ def ended_runs(folder: Path) -> dict[str, Run]:
                 for name, value in values.items()
                 if isinstance(value, torch.Tensor)
             }
-            epochs = read_metrics(path.with_name("metrics.jsonl"))
+            epochs = RunFolder(path.parent).read_metrics()
             metrics = [
                 {key: value for key, value in results.items() if key.startswith(("train/loss", "test/"))}
                 for _, _, results in epochs
             ]
-            identity = read_metadata(path.parent)["identity"]
+            identity = RunFolder(path.parent).metadata["identity"]
             found[identity] = Run({**state["group"], **state["method"], **moments}, metrics)
     return found
 
@@ -144,8 +144,8 @@ def differences(folder: Path, phase: Phase, store: Store, whole: dict[str, Run])
     if sorted(run.data.tags["identity"] for run in trained) != sorted(ended):
         yield f"{len(trained)} MLflow runs are finished"
     for run in trained:
-        own = Path(run.data.tags["folder"])
-        epochs = read_metrics(own / "metrics.jsonl")
+        own = RunFolder(Path(run.data.tags["folder"]))
+        epochs = own.read_metrics()
         told = {
             key: sorted(
                 (point.step, point.timestamp, point.value)
@@ -169,7 +169,7 @@ def differences(folder: Path, phase: Phase, store: Store, whole: dict[str, Run])
             continue
         with tempfile.TemporaryDirectory() as place:
             copy = Path(client.download_artifacts(run.info.run_id, "last.pt", place))
-            if copy.read_bytes() != (own / "last.pt").read_bytes():
+            if copy.read_bytes() != (own.path / "last.pt").read_bytes():
                 yield f"MLflow run {run.info.run_id}: another last.pt"
 
 

@@ -137,7 +137,7 @@ def test_a_run_goes_on_in_another_number_of_ranks(okddip: Okddip, tmp_path: Path
     [folder] = (tmp_path / "outputs").glob("*/*")
     answer = run(4, *command, "trainer.epochs=2", f"trainer.resume={folder}")
     assert answer.code == 0, answer.err
-    assert "goes on after epoch 1" in answer.out
+    assert "resumes after epoch 1" in answer.out
     answer = okddip(*command, "trainer.epochs=3", f"trainer.resume={folder}")
     assert answer.code == 0, answer.err
     assert checkpoint.load(folder / "last.pt")["epoch"] == 2
@@ -151,7 +151,7 @@ def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(tmp_path: Path) -> N
     list(workers(process.pid))[1].send_signal(signal.SIGKILL)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    assert "goes on after epoch" in out
+    assert "resumes after epoch" in out
     assert len(list(tmp_path.glob("outputs/*/*/last.pt"))) == 1
     assert epochs_done(tmp_path) == 6
     [tracked] = tracked_runs(tmp_path)
@@ -173,7 +173,7 @@ def test_a_signal_to_torchrun_ends_all_ranks_and_marks_the_run_killed(
     out, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert not any(rank.is_running() for rank in ranks)
-    assert "Go on with: " in out
+    assert "Resume with: " in out
     [tracked] = tracked_runs(tmp_path)
     assert tracked.info.status == "KILLED"
 
@@ -325,7 +325,7 @@ def test_a_run_of_two_machines_goes_on_whichever_rank_was_killed(
     second.send_signal(signal.SIGKILL)
     said = [machine.communicate(timeout=240) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
-    assert "goes on after epoch" in "".join(out for out, _ in said)
+    assert "resumes after epoch" in "".join(out for out, _ in said)
     assert epochs_done(tmp_path) == 8
     assert len(list(tmp_path.glob("outputs/*/*/metrics.jsonl"))) == 1
 

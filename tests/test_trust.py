@@ -26,7 +26,7 @@ from okddip.errors import ConfigError
 from okddip.models.group import PeerGroup
 from okddip.plain_data import plain
 from okddip.tasks.benchmark.task import Shape, with_synthetic_images
-from okddip.tasks.report.command import configuration
+from okddip.tasks.report.reproduce import parse_configuration
 from okddip.tracking.tracker import MLflow
 from okddip.training import checkpoint
 from okddip.trust import PARTS, Trust, package_targets, targets, trust_in
@@ -290,7 +290,7 @@ def test_an_archive_that_inflates_is_refused_unread(honest: State) -> None:
             archive.writestr(part, whole.read(part), zipfile.ZIP_DEFLATED)
     for file in ("bomb.pt", "small.pt"):
         with pytest.raises(
-            ConfigError, match=rf"{file}: is no checkpoint of this program: its parts would take"
+            ConfigError, match=rf"{file}: is not a checkpoint of this program: its parts would take"
         ):
             checkpoint.load(Path(file))
 
@@ -342,8 +342,8 @@ def exported(okddip: Okddip, of: str, *overrides: str) -> dict[str, Any]:
         ("note: !!python/object/apply:os.system [touch on_the_path/pwned]", "cannot be read"),
         ("a: &a [1,1]\nb: &b [*a,*a]\nnote: [*b,*b]", "holds YAML aliases"),
         ("note: [", "cannot be read"),
-        ("[]", "is no configuration of a run"),
-        ("model: 7", "is no configuration of a run"),
+        ("[]", "is not the configuration of a run"),
+        ("model: 7", "is not the configuration of a run"),
         ("options: {model: ../../../evil}", "names an option outside of the folders of options"),
     ],
 )
@@ -353,7 +353,7 @@ def test_a_configuration_in_the_store_is_read_as_plain_data(honest: State, text:
         rest |= {} if text.startswith("options") else {"options": {}}
         text = f"{OmegaConf.to_yaml(OmegaConf.create(rest))}{text}\n"
     with pytest.raises(ConfigError) as caught:
-        configuration(text, "report.run=1: config.yaml")
+        parse_configuration(text, "report.run=1: config.yaml")
     assert sentence in str(caught.value)
     assert SECRET not in str(caught.value)
 

@@ -40,6 +40,6 @@ def find_checkpoint(key: str, reference: str, tracking_uri: str | None) -> Path:
     except (MlflowException, OSError) as error:
         raise ConfigError(
             f"{key}={reference}: {tracking_uri} has no such run with a checkpoint"
-            f" ({str(error).splitlines()[0]}). Runs that were cut off, and those with"
+            f" ({str(error).splitlines()[0]}). Interrupted runs, and those with"
             " tracking.checkpoints=false, have none there; name the file instead."
         ) from error

@@ -1,4 +1,4 @@
-"""What a run says of itself: its params, its description, its data sets."""
+"""What is logged of a run before it begins: its params, its description, its data sets."""
 
 import logging
 from collections.abc import Mapping
@@ -80,15 +80,15 @@ def run_summary(config: DictConfig, parts: Parts) -> dict[str, str]:
 
 
 def log_run_summary(config: DictConfig, parts: Parts, run: Run) -> None:
-    """Say what the run is, before it begins."""
+    """Log what the run is, before it begins."""
     words = run_summary(config, parts)
-    words["folder"] = f"{run.folder}" + (f"; {progress_of(config, run.state)}" if run.state else "")
+    words["folder"] = f"{run.folder.path}" + (f"; {progress_of(config, run.state)}" if run.state else "")
     log.info("\n".join(f"{what:<10} {for_terminal(text)}" for what, text in words.items()))
 
 
 def progress_of(config: DictConfig, state: dict[str, Any]) -> str:
-    """What is left of a run that goes on from a checkpoint."""
+    """How far a run is that resumes from a checkpoint."""
     done = state["epoch"] + 1
     if done == config.trainer.epochs:
         return f"is finished after epoch {done}, so nothing is trained"
-    return f"goes on after epoch {done}"
+    return f"resumes after epoch {done}"

@@ -139,7 +139,7 @@ def describe_teacher(state: dict[str, Any]) -> dict[str, str]:
         state: its checkpoint.
     """
     config = state["config"]
-    identity = run_identity({**config, "seed": None}, state.get("lengths", []))
+    identity = run_identity({**config, "seed": None})
     facts = {"identity": identity, **state.get("digests", {})}
     return {
         "teacher": f"{config['options']['model']}-{fingerprint(facts)[:6]}",

@@ -1,9 +1,9 @@
-"""What is done with model, method, optimizer and data set."""
+"""The task `train`: a run from its first epoch to its last, or from where it was interrupted."""
 
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -13,12 +13,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from okddip import distributed
+from okddip.data.dataset import Dataset
 from okddip.data.weaknesses import weaknesses
 from okddip.methods.base import Method
 from okddip.run import resume
-from okddip.run.folder import Run, read_metrics, summary_timestamp, update_metadata
+from okddip.run.folder import Run, RunFolder
 from okddip.run.identity import fingerprint, identifying_settings, run_identity
 from okddip.run.parts import Parts
+from okddip.run.same_run import check_same_data
 from okddip.run.summary import log_run_summary, run_note, run_params, tracked_splits
 from okddip.signals import is_stopping, stop_on_signals, stops_deferred
 from okddip.sweeps.environment import is_job, job_tags, run_name, teacher_tags
@@ -34,7 +36,7 @@ logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.WARNING)
 def train(
     config: DictConfig, build: Callable[[DictConfig], Parts], teacher_folder: Path | None = None
 ) -> float:
-    """Train a group of peers, evaluate, checkpoint and log it; or go on with a run that was cut off.
+    """Train a group of peers, evaluate, checkpoint and log it; or resume a run that was interrupted.
 
     Args:
         config: resolved.
@@ -47,105 +49,127 @@ def train(
     versions = {"okddip": __version__, "torch": torch.__version__}
     distributed.agree(versions | identifying_settings(config))
     folder = teacher_folder or Path(HydraConfig.get().runtime.output_dir)
-    parting: AbstractContextManager[list[Run]] = (
+    hint: AbstractContextManager[list[Run]] = (
         nullcontext([]) if teacher_folder else resume_hint_if_stopped(config)
     )
     patient = teacher_folder is not None or is_job()
-    with parting as begun, stop_on_signals(), begin_together(config, folder, patient=patient) as run:
+    with hint as begun, stop_on_signals(), open_on_all_ranks(config, folder, patient=patient) as run:
         begun.append(run)
         parts = build(config)
-        digests = {split: parts.dataset.digest(split) for split in parts.dataset.sizes}
-        distributed.agree({f"the digest of its {split} images": word for split, word in digests.items()})
-        resume.refuse_other_data(run, parts.dataset, digests)
-        lengths = resume.former_lengths(run, config, parts.schedule, parts.method.ramp)
-        identity = run_identity(config, lengths)
+        digests = agreed_digests(parts.dataset)
+        check_same_data(run, parts.dataset, digests)
         if distributed.rank() == 0:
-            update_metadata(run, data=fingerprint(digests), identity=identity)
-        settings = cast(dict[str, Any], OmegaConf.to_container(config))
+            run.folder.update_metadata(data=fingerprint(digests), identity=run_identity(config))
         log_run_summary(config, parts, run)
         for weakness in weaknesses(parts.dataset) if distributed.rank() == 0 else ():
             log.warning(weakness)
         with tracked_to_the_end(parts.tracker):
-            resume.find_tracked_run(run, parts.tracker, config.trainer.resume)
-            tracking_id = parts.tracker.start(
-                name=f"teacher {config.name}" if teacher_folder else run_name(config),
-                params=run_params(config),
-                tags={
-                    **{name: str(option) for name, option in config.options.items()},
-                    "peers": str(parts.method.peers),
-                    "structure": parts.method.structure,
-                    "seed": str(config.seed),
-                    **parts.teacher,
-                    "device": str(parts.trainer.device),
-                    "identity": identity,
-                    **({"lengths": " ".join(map(str, lengths))} if lengths else {}),
-                    "folder": str(run.folder),
-                    **({} if run.tracking_id else run_note(config, parts)),  # which people may edit
-                    **(teacher_tags() if teacher_folder else job_tags()),
-                },
-                config_yaml=OmegaConf.to_yaml(config),
-                command=shlex.join(["okddip", *sys.argv[1:]]),
-                run_id=run.tracking_id,
-                store=run.store,
-                anew=config.trainer.resume
-                == "auto",  # another store than that of a named run may be a mistake
-            )
-            if tracking_id:
-                update_metadata(run, tracking_id=tracking_id, store=without_credentials(config.tracking.uri))
-                parts.tracker.log_datasets(tracked_splits(config, parts.dataset, digests))
-            parts.tracker.watch_system()
-            finished = read_metrics(run.folder / "metrics.jsonl")
-            for epoch, timestamp_ms, results in finished:
-                parts.tracker.log(results, epoch, timestamp_ms)
-            history = parts.trainer.fit(
-                group=parts.group,
-                method=parts.method,
-                optimizer=parts.optimizer,
-                schedule=parts.schedule,
-                dataset=parts.dataset,
-                tracker=parts.tracker,
-                folder=run.folder,
-                seed=config.seed,
-                description={
-                    "version": __version__,
-                    "config": settings,
-                    "lengths": lengths,
-                    "classes": list(parts.dataset.classes),
-                    "channels": parts.dataset.channels,
-                    "image_size": list(parts.dataset.image_size),
-                    "mean": list(parts.dataset.mean),
-                    "std": list(parts.dataset.std),
-                    "digests": digests,
-                },
-                state=run.state,
-                reported={epoch: (timestamp_ms, results) for epoch, timestamp_ms, results in finished},
-            )
-            last, best = history["last"], history["best"]
-            summary = {
-                "final/top1": last["test/top1"],
-                "best/top1": best["test/top1"],
-                "best/epoch": best["epoch"],
-            }
-            if distributed.rank() == 0:
-                timestamp_ms = summary_timestamp(run.folder / "metrics.jsonl")
-                parts.tracker.log(summary, 0, timestamp_ms)  # MLflow draws bars of what is at step 0 alone
-            if parts.tracker.checkpoints:
-                for path in (run.folder / name for name in ("last.pt", "best.pt", "metrics.jsonl")):
-                    if path.exists():  # a copied `last.pt` may have come alone
-                        parts.tracker.log_artifact(path)
+            start_tracking(config, parts, run, digests, is_teacher=teacher_folder is not None)
+            history = fit(config, parts, run, digests)
+            log_results(parts, run, history)
     log_table(history, parts.method)
-    return last["test/top1"]
+    return history["last"]["test/top1"]
 
 
 @contextmanager
-def begin_together(config: DictConfig, folder: Path, *, patient: bool) -> Iterator[Run]:
-    """The run that rank 0 takes up or begins, for all ranks."""
+def open_on_all_ranks(config: DictConfig, folder: Path, *, patient: bool) -> Iterator[Run]:
+    """The run that rank 0 resumes or begins, for all ranks."""
     if distributed.rank() == 0:
         with resume.open_run(config, folder, patient=patient) as run:
             distributed.from_rank_0(lambda: (run.folder, run.state))
             yield run
     else:
-        yield Run(*distributed.from_rank_0(lambda: (folder, None)))
+        yield Run(*distributed.from_rank_0(lambda: (RunFolder(folder), None)))
+
+
+def agreed_digests(dataset: Dataset) -> dict[str, str]:
+    """The digests of the splits of a data set, which all ranks must find the same."""
+    digests = {split: dataset.digest(split) for split in dataset.sizes}
+    distributed.agree({f"the digest of its {split} images": digest for split, digest in digests.items()})
+    return digests
+
+
+def start_tracking(
+    config: DictConfig, parts: Parts, run: Run, digests: Mapping[str, str], *, is_teacher: bool
+) -> None:
+    """Start or resume the MLflow run, and log its settings, data sets and finished epochs."""
+    tracker = parts.tracker
+    resume.find_tracked_run(run, tracker, config.trainer.resume)
+    tracking_id = tracker.start(
+        name=f"teacher {config.name}" if is_teacher else run_name(config),
+        params=run_params(config),
+        tags={
+            **{name: str(option) for name, option in config.options.items()},
+            "peers": str(parts.method.peers),
+            "structure": parts.method.structure,
+            "seed": str(config.seed),
+            **parts.teacher,
+            "device": str(parts.trainer.device),
+            "identity": run_identity(config),
+            "folder": str(run.folder.path),
+            **({} if run.tracking_id else run_note(config, parts)),  # which people may edit
+            **(teacher_tags() if is_teacher else job_tags()),
+        },
+        config_yaml=OmegaConf.to_yaml(config),
+        command=shlex.join(["okddip", *sys.argv[1:]]),
+        run_id=run.tracking_id,
+        store=run.store,
+        anew=config.trainer.resume == "auto",  # another store than that of a named run may be a mistake
+    )
+    if tracking_id:
+        store = without_credentials(config.tracking.uri)
+        run.folder.update_metadata(tracking_id=tracking_id, store=store)
+        tracker.log_datasets(tracked_splits(config, parts.dataset, digests))
+    tracker.watch_system()
+    for epoch, timestamp_ms, results in run.folder.read_metrics():
+        tracker.log(results, epoch, timestamp_ms)
+
+
+def fit(
+    config: DictConfig, parts: Parts, run: Run, digests: Mapping[str, str]
+) -> dict[str, dict[str, float]]:
+    """Train the remaining epochs; the metrics of the last epoch and of the best."""
+    dataset = parts.dataset
+    finished = run.folder.read_metrics()
+    return parts.trainer.fit(
+        group=parts.group,
+        method=parts.method,
+        optimizer=parts.optimizer,
+        schedule=parts.schedule,
+        dataset=dataset,
+        tracker=parts.tracker,
+        folder=run.folder.path,
+        seed=config.seed,
+        description={
+            "version": __version__,
+            "config": cast(dict[str, Any], OmegaConf.to_container(config)),
+            "classes": list(dataset.classes),
+            "channels": dataset.channels,
+            "image_size": list(dataset.image_size),
+            "mean": list(dataset.mean),
+            "std": list(dataset.std),
+            "digests": dict(digests),
+        },
+        state=run.state,
+        reported={epoch: (timestamp_ms, results) for epoch, timestamp_ms, results in finished},
+    )
+
+
+def log_results(parts: Parts, run: Run, history: dict[str, dict[str, float]]) -> None:
+    """Log the accuracies of a finished run, and its files as artifacts."""
+    last, best = history["last"], history["best"]
+    results = {
+        "final/top1": last["test/top1"],
+        "best/top1": best["test/top1"],
+        "best/epoch": best["epoch"],
+    }
+    if distributed.rank() == 0:
+        # MLflow draws bars of what is at step 0 alone
+        parts.tracker.log(results, 0, run.folder.result_timestamp())
+    if parts.tracker.checkpoints:
+        for path in (run.folder.path / name for name in ("last.pt", "best.pt", "metrics.jsonl")):
+            if path.exists():  # a copied `last.pt` may have come alone
+                parts.tracker.log_artifact(path)
 
 
 @contextmanager
@@ -169,7 +193,11 @@ def tracked_to_the_end(tracker: tracking.MLflow | tracking.NoTracking) -> Iterat
 
 @contextmanager
 def resume_hint_if_stopped(config: DictConfig) -> Iterator[list[Run]]:
-    """Say so, as the last line, if the run is stopped; it belongs into the list when it has begun."""
+    """Log how to resume the run, as the last line, if it is stopped.
+
+    Yields:
+        A list for the run, once it has begun.
+    """
     begun: list[Run] = []
     try:
         yield begun
@@ -178,8 +206,8 @@ def resume_hint_if_stopped(config: DictConfig) -> Iterator[list[Run]]:
     except BaseException:
         reference = config.trainer.resume or "auto"
         if reference != "auto" and begun:  # may have been begun elsewhere, or from a copy
-            reference = str(begun[0].folder.absolute())
-        hint = "The command of its sweep, given again, goes on with it."
+            reference = str(begun[0].folder.path.absolute())
+        hint = "Give the command of its sweep again to resume it."
         log.info("Stopped. %s", hint if is_job() else resume.resume_hint(reference))
         raise
 

@@ -1,4 +1,4 @@
-"""What a run needs to go on, and what it leaves behind: written whole or not at all."""
+"""Checkpoints: what a run needs to resume and what it leaves behind, written whole or not at all."""
 
 import logging
 import pickle
@@ -20,20 +20,28 @@ from okddip.version import __version__
 
 log = logging.getLogger(__name__)
 
-UNSAFE = re.compile(r"(GLOBAL [\w.]+|(?:Trying to|Can only|Unsupported) [^\n]{1,100})")
+UNPICKLING_REASON = re.compile(r"(GLOBAL [\w.]+|(?:Trying to|Can only|Unsupported) [^\n]{1,100})")
 
-# what everybody needs of a checkpoint, and what a run needs beside it to go on
-KEYS = {
+# what every use of a checkpoint needs, and what resuming needs besides
+REQUIRED_KEYS = {
     **{"version": str, "config": dict, "epoch": int, "history": dict, "group": dict, "method": dict},
     **{"classes": list, "channels": int, "image_size": list, "mean": list, "std": list},
 }
 TRAINING_KEYS = {"timestamp_ms": int, "metrics": dict, "optimizer": dict, "scaler": dict}
 # kinds of their items; what is text there may say whatever class and file names say
-ITEMS: dict[str, Any] = {
-    **{"classes": str, "digests": str, "image_size": int, "lengths": int},
+ITEM_TYPES: dict[str, Any] = {
+    **{"classes": str, "digests": str, "image_size": int},
     **{"mean": int | float, "std": int | float, "metrics": int | float, "history": int | float},
 }
-GROUPS = ("method", "model", "dataset", "optimizer", "scheduler", "trainer", "options")  # of its config
+CONFIG_GROUPS = (
+    "method",
+    "model",
+    "dataset",
+    "optimizer",
+    "scheduler",
+    "trainer",
+    "options",
+)  # of its config
 
 
 def save(state: dict[str, Any], folder: Path, *, best: bool) -> None:
@@ -50,7 +58,7 @@ def save(state: dict[str, Any], folder: Path, *, best: bool) -> None:
             files.write(last.with_suffix(".new"), lambda file: torch.save(state, file))
             if last.exists():
                 link(last, folder / "previous.pt")
-            # the best before the last: cut off between them, the epoch is trained again, to the same weights
+            # the best before the last: killed between them, the epoch is trained again, to the same weights
             if best:
                 link(last.with_suffix(".new"), folder / "best.pt")
             last.with_suffix(".new").replace(last)
@@ -75,7 +83,7 @@ def load(path: Path, keys: dict[str, type] | None = None) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            refuse_inflated(archive, path)
+            check_uncompressed(archive, path)
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
@@ -84,7 +92,7 @@ def load(path: Path, keys: dict[str, type] | None = None) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         # PyTorch's message goes on to say how to run what the file holds all the same
-        found = UNSAFE.search(str(error))
+        found = UNPICKLING_REASON.search(str(error))
         what = f" ({found[1].rstrip('.')})" if found else ""
         raise ConfigError(
             f"{path}: cannot be read as a checkpoint: it holds more than tensors and plain data{what}. It is"
@@ -93,12 +101,12 @@ def load(path: Path, keys: dict[str, type] | None = None) -> dict[str, Any]:
     except Exception as error:  # there is hardly one that a damaged pickle cannot raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{path}: cannot be read as a checkpoint ({reason}).") from error
-    refuse_foreign(state, keys or KEYS, path)
+    check_contents(state, keys or REQUIRED_KEYS, path)
     state["config"] = updated(plain(state["config"], "", path))
     return state
 
 
-def refuse_inflated(archive: zipfile.ZipFile, path: Path) -> None:
+def check_uncompressed(archive: zipfile.ZipFile, path: Path) -> None:
     """Refuse a zip archive that says of its parts that they are larger than the file, before they are read.
 
     PyTorch stores the parts of a checkpoint as they are.
@@ -111,7 +119,7 @@ def refuse_inflated(archive: zipfile.ZipFile, path: Path) -> None:
     claimed = sum(part.file_size for part in parts)
     if claimed > size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise ConfigError(
-            f"{path}: is no checkpoint of this program: its parts would take {claimed:,} bytes, and the"
+            f"{path}: is not a checkpoint of this program: its parts would take {claimed:,} bytes, and the"
             f" file has {size:,}; a checkpoint is not compressed. Do not trust the file."
         )
 
@@ -126,43 +134,45 @@ def warn_of_other_version(state: dict[str, Any], source: object) -> None:
         )
 
 
-def refuse_foreign(state: Any, keys: dict[str, type], path: Path) -> None:
+def check_contents(state: Any, keys: dict[str, type], path: Path) -> None:
     """Refuse what was saved by another program.
 
     Raises:
         ConfigError: names what is missing.
     """
     if not isinstance(state, dict):
-        raise ConfigError(f"{path}: is no checkpoint of this program: it holds a {type(state).__name__}.")
+        raise ConfigError(f"{path}: is not a checkpoint of this program: it holds a {type(state).__name__}.")
     missing = [key for key, kind in keys.items() if not isinstance(state.get(key), kind)]
     if "config" not in missing:
-        missing += [f"config.{group}" for group in GROUPS if not isinstance(state["config"].get(group), dict)]
+        missing += [
+            f"config.{group}" for group in CONFIG_GROUPS if not isinstance(state["config"].get(group), dict)
+        ]
     if missing:
-        raise ConfigError(f"{path}: is no checkpoint of this program: it lacks {', '.join(missing)}.")
-    for key, kind in ITEMS.items():
+        raise ConfigError(f"{path}: is not a checkpoint of this program: it lacks {', '.join(missing)}.")
+    for key, kind in ITEM_TYPES.items():
         items = state.get(key, ())
         for item in items.values() if isinstance(items, dict) else items:
             inner = item.values() if key == "history" and isinstance(item, dict) else [item]
             if not all(isinstance(value, kind) for value in inner):
                 raise ConfigError(
-                    f"{path}: is no checkpoint of this program: {key} holds a {type(item).__name__}."
+                    f"{path}: is not a checkpoint of this program: {key} holds a {type(item).__name__}."
                 )
 
 
 def load_last(folder: Path) -> dict[str, Any]:
-    """Read a run's `last.pt` to go on from, or `previous.pt` where it is damaged.
+    """Read a run's `last.pt` to resume from, or `previous.pt` where it is damaged.
 
     Raises:
         ConfigError: neither is whole.
     """
     path, previous = folder / "last.pt", folder / "previous.pt"
-    keys = KEYS | TRAINING_KEYS
+    keys = REQUIRED_KEYS | TRAINING_KEYS
     try:
         return load(path, keys)
     except ConfigError as error:
         if not previous.exists():
             raise
-        log.warning("%s Taking %s, of the epoch before.", error, previous)
+        log.warning("%s Resuming from %s, of the epoch before.", error, previous)
         state = load(previous, keys)
         with writing(path):
             path.replace(folder / "damaged.pt")  # it may only have been unreadable at this moment

@@ -10,7 +10,7 @@ import pytest
 from conftest import Answer
 from mlflow.entities import Run
 
-from okddip.run.folder import read_metrics, summary_timestamp
+from okddip.run.folder import RunFolder
 from okddip.training import checkpoint
 
 Okddip = Callable[..., Answer]
@@ -37,7 +37,7 @@ def only_run(folder: Path) -> Run:
 
 
 def times(folder: Path) -> list[int]:
-    return [timestamp_ms for _, timestamp_ms, _ in read_metrics(folder / "metrics.jsonl")]
+    return [timestamp_ms for _, timestamp_ms, _ in RunFolder(folder).read_metrics()]
 
 
 def test_a_run_made_longer_where_the_clock_is_behind_has_its_new_result(
@@ -71,12 +71,12 @@ def test_a_clock_that_goes_back_during_a_run_leaves_its_times_in_order(
     assert run.info.end_time >= max(run.info.start_time, *times(Path("run")))
 
 
-def test_a_result_told_of_again_keeps_its_time_and_an_older_files_times_do_not_hide_it(
+def test_a_result_logged_again_keeps_its_time_and_an_older_files_times_do_not_hide_it(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "metrics.jsonl"
     lines = [{"epoch": epoch, "timestamp_ms": when} for epoch, when in enumerate((100, 200, 50, 60))]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
-    assert summary_timestamp(file) == 200
+    assert RunFolder(tmp_path).result_timestamp() == 200
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert summary_timestamp(file) == 201
+    assert RunFolder(tmp_path).result_timestamp() == 201

@@ -38,6 +38,10 @@ SMALL = (
 )
 
 
+def lengthened(command: tuple[str, ...]) -> list[str]:
+    return [part.replace("epochs=4", "epochs=6") for part in command]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     state = checkpoint.load(folder / "last.pt")
     assert state["epoch"] == state["config"]["trainer"]["epochs"] - 1
@@ -107,7 +111,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         assert okddip(*command, "hydra.run.dir=runs/cut").code == 1
     answer = okddip(*command, "hydra.run.dir=runs/again", "trainer.resume=auto")
     assert answer.code == 0, answer.err
-    assert "goes on after epoch 1" in answer.out
+    assert "resumes after epoch 1" in answer.out
     assert not (tmp_path / "runs" / "again" / "last.pt").exists()
     assert are_the_same(weights(tmp_path / "runs" / "whole"), weights(tmp_path / "runs" / "cut"))
 
@@ -179,7 +183,7 @@ def test_more_epochs_go_on_in_the_same_run(okddip: Okddip, tmp_path: Path, by_id
     reference = "run"
     if by_id:
         reference = f"runs:/{json.loads((tmp_path / 'run' / 'run.json').read_text())['tracking_id']}"
-    longer = [part.replace("epochs=4", "epochs=6") for part in SMALL]
+    longer = lengthened(SMALL)
     answer = okddip(*longer, f"tracking={tracking}", f"trainer.resume={reference}")
     assert answer.code == 0, answer.err
     assert checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 5
@@ -195,12 +199,12 @@ def test_a_longer_run_that_was_cut_off_is_found_again(
     okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert okddip(*SMALL, "tracking=none", "hydra.run.dir=runs/run").code == 0
-    longer = [*(part.replace("epochs=4", "epochs=6") for part in SMALL), "tracking=none"]
+    longer = [*lengthened(SMALL), "tracking=none"]
     with monkeypatch.context() as patch:
         cut_off(patch, epoch=5)
         assert okddip(*longer, "trainer.resume=runs/run", "hydra.run.dir=runs/second").code == 1
     answer = okddip(*longer, "trainer.resume=auto", "hydra.run.dir=runs/third")
-    assert "goes on after epoch 5" in answer.out
+    assert "resumes after epoch 5" in answer.out
     assert checkpoint.load(tmp_path / "runs" / "run" / "last.pt")["epoch"] == 5
 
 
@@ -245,7 +249,7 @@ def test_a_run_does_not_go_on_with_other_images(
     assert words in answer.err
     (tmp_path / "first").rename(tmp_path / "moved")
     answer = okddip(*small, "dataset.root=moved", "trainer.epochs=2", "trainer.resume=run")
-    assert "goes on after epoch 1" in answer.out
+    assert "resumes after epoch 1" in answer.out
 
 
 @pytest.mark.parametrize("value", ["5", "true", "[]"])
@@ -275,10 +279,10 @@ def test_a_run_that_began_without_tracking_goes_on_with_it(okddip: Okddip, tmp_p
 
 
 def test_a_run_that_still_runs_is_not_taken_up(okddip: Okddip, tmp_path: Path) -> None:
-    from okddip.run.folder import lock_folder
+    from okddip.run.folder import RunFolder
 
     assert okddip(*SMALL, "tracking=none", "hydra.run.dir=run").code == 0
-    with lock_folder(tmp_path / "run"):
+    with RunFolder(tmp_path / "run").lock():
         answer = okddip(*SMALL, "tracking=none", "hydra.run.dir=run", "trainer.resume=auto")
     assert answer.code == 1
     assert "still running in another process" in answer.err
@@ -288,24 +292,22 @@ def test_a_run_that_still_runs_is_not_taken_up(okddip: Okddip, tmp_path: Path) -
     ("job", "count"),
     [("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")],
 )
-@pytest.mark.parametrize("warmup", ["0", "0.9"])  # with 0.9 a run that is made longer is a run of its own
 def test_what_is_started_again_goes_on_with_the_run_that_it_began(
-    okddip: Okddip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: str, count: str, warmup: str
+    okddip: Okddip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: str, count: str
 ) -> None:
-    bare = (*BARE, f"scheduler.warmup_epochs={warmup}")
-    assert okddip(*bare, "trainer.epochs=1", "hydra.run.dir=elsewhere").code == 0
+    assert okddip(*BARE, "trainer.epochs=1", "hydra.run.dir=elsewhere").code == 0
     (tmp_path / "elsewhere" / "run.json").unlink()
-    command = (*bare, "trainer.epochs=3")
+    command = (*BARE, "trainer.epochs=3")
     from_copy = (*command, "trainer.resume=elsewhere/last.pt")
     monkeypatch.setenv(job, "7")
     with monkeypatch.context() as patch:
         cut_off(patch, epoch=2)
-        assert "goes on after epoch 1" in okddip(*from_copy, "hydra.run.dir=runs/first").out
+        assert "resumes after epoch 1" in okddip(*from_copy, "hydra.run.dir=runs/first").out
     monkeypatch.setenv(count, "1")
     with monkeypatch.context() as patch:
         cut_off(patch, epoch=2)
-        assert "goes on after epoch 2" in okddip(*from_copy, "hydra.run.dir=runs/second").out
-        assert "goes on after epoch 2" in okddip(*command, "hydra.run.dir=runs/third").out
+        assert "resumes after epoch 2" in okddip(*from_copy, "hydra.run.dir=runs/second").out
+        assert "resumes after epoch 2" in okddip(*command, "hydra.run.dir=runs/third").out
     monkeypatch.setenv(
         job, "8"
     )  # it was cut off before it began a run; the same run of another is not its own
@@ -393,7 +395,7 @@ def test_an_epoch_whose_checkpoint_was_damaged_is_not_told_of_twice(
         cut_off(patch, epoch=2)
         assert okddip(*TINY, "hydra.run.dir=runs/run", "trainer.resume=auto").code == 1
     answer = okddip(*TINY, "hydra.run.dir=runs/run", "trainer.resume=auto")
-    assert "goes on after epoch 2" in answer.out
+    assert "resumes after epoch 2" in answer.out
     assert (folder / "metrics.jsonl").read_text().startswith(before)
     assert_told_once(client, folder)
     assert are_the_same(weights(tmp_path / "whole" / "run"), weights(folder))
@@ -430,7 +432,7 @@ def test_a_finished_run_of_mlflow_is_taken_up_without_its_folder(
     assert "student *" in answer.out
     assert_told_once(client, tmp_path / "elsewhere")
 
-    longer = [part.replace("epochs=4", "epochs=6") for part in TINY]
+    longer = lengthened(TINY)
     assert okddip(*longer, reference).code == 0  # by now its folder is here again
     assert_told_once(client, tmp_path / "elsewhere", epochs=6)
 
@@ -447,7 +449,7 @@ def test_a_copied_checkpoint_goes_on_as_a_new_run_with_its_history(
         shutil.copy(tmp_path / "runs" / "cut" / name, tmp_path / "usb" / name)
     answer = okddip(*BARE, "hydra.run.dir=runs/copy", "trainer.resume=usb/last.pt")
     assert answer.code == 0, answer.err
-    assert "goes on after epoch 2" in answer.out
+    assert "resumes after epoch 2" in answer.out
     assert are_the_same(weights(tmp_path / "runs" / "run"), weights(tmp_path / "runs" / "copy"))
     assert lines_of(tmp_path / "runs" / "copy")[:2] == lines_of(tmp_path / "usb")
     assert len(lines_of(tmp_path / "runs" / "copy")) == 4
@@ -466,7 +468,7 @@ def test_a_run_goes_on_from_its_last_epoch_alone(okddip: Okddip, client: object,
     for run in ("run", f"runs:/{json.loads(Path('run/run.json').read_text())['tracking_id']}"):
         answer = okddip(*TINY, f"trainer.resume={run}/{name}")
         assert answer.code == 1
-        assert f"trainer.resume={run}/{name}: a run goes on from its last epoch" in answer.err
+        assert f"trainer.resume={run}/{name}: a run is resumed from its last epoch" in answer.err
         assert f"Give trainer.resume={run} " in answer.err
 
 
@@ -504,12 +506,64 @@ def test_a_run_whose_note_is_damaged_is_known_by_its_checkpoint(
     (tmp_path / "runs" / "run" / "run.json").write_text('{"identity": ')
     answer = okddip(*TINY, "hydra.run.dir=runs/again", f"trainer.resume={reference}")
     assert answer.code == 0, answer.err
-    assert "goes on after epoch 2" in answer.out
+    assert "resumes after epoch 2" in answer.out
     assert_told_once(client, tmp_path / "runs" / "run")
 
 
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("scheduler.milestones=[0.5]", "learning rate"),
+        ("scheduler=cosine", "learning rate"),
+        ("scheduler.warmup_epochs=0.5", "learning rate"),
+        ("method.ramp_epochs=0.5", "ramp"),
+    ],
+)
+def test_a_run_whose_finished_epochs_depend_on_its_length_is_not_lengthened(
+    okddip: Okddip, tmp_path: Path, override: str, what: str
+) -> None:
+    command = (*SMALL, "tracking=none", f"method={'one' if what == 'ramp' else 'baseline'}", override)
+    assert okddip(*command, "hydra.run.dir=runs/run").code == 0
+    shutil.copy(tmp_path / "runs/run/last.pt", tmp_path / "copy.pt")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "runs" / "run").glob("*.pt")}
+    for reference in ("runs/run", "copy.pt"):
+        answer = okddip(*lengthened(command), f"trainer.resume={reference}", "hydra.run.dir=runs/new")
+        assert answer.code == 1
+        assert f"was begun with trainer.epochs=4, which sets its {what}, so" in answer.err
+        assert "Traceback" not in answer.err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "runs" / "run").glob("*.pt")} == before
+    assert not (tmp_path / "runs" / "new" / "run.json").exists()
+    answer = okddip(*command, "trainer.resume=auto", "hydra.run.dir=runs/unused")  # it is still what it was
+    assert "is finished after epoch 4" in answer.out
+
+
+def test_a_run_is_lengthened_while_its_finished_epochs_are_those_of_the_longer_run(
+    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (*BARE, "scheduler.milestones=[0.5]")
+    assert okddip(*lengthened(command), "hydra.run.dir=whole/run").code == 0
+    with monkeypatch.context() as patch:
+        cut_off(patch, epoch=1)
+        assert okddip(*command, "hydra.run.dir=runs/run").code == 1
+    answer = okddip(*lengthened(command), "trainer.resume=runs/run")
+    assert answer.code == 0, answer.err
+    assert are_the_same(weights(tmp_path / "whole" / "run"), weights(tmp_path / "runs" / "run"))
+
+
+def test_a_run_that_an_older_version_lengthened_is_evaluated_and_not_resumed(
+    okddip: Okddip, tmp_path: Path
+) -> None:
+    assert okddip(*BARE, "hydra.run.dir=runs/run").code == 0
+    state = checkpoint.load(tmp_path / "runs" / "run" / "last.pt")
+    torch.save(state | {"lengths": [2]}, tmp_path / "runs" / "run" / "last.pt")
+    answer = okddip(*BARE, "trainer.resume=runs/run")
+    assert answer.code == 1
+    assert "lengthened this run, although its learning rate or ramp depend on its length" in answer.err
+    assert okddip("task=evaluate", "checkpoint=runs/run", "tracking=none").code == 0
+
+
 def test_a_run_that_was_made_longer_is_no_more_the_shorter_one(okddip: Okddip, tmp_path: Path) -> None:
-    longer = [part.replace("epochs=4", "epochs=6") for part in BARE]
+    longer = lengthened(BARE)
     assert okddip(*BARE, "hydra.run.dir=runs/run").code == 0
     assert okddip(*longer, "hydra.run.dir=runs/unused", "trainer.resume=runs/run").code == 0
     assert "is finished" in okddip(*longer, "hydra.run.dir=runs/unused", "trainer.resume=auto").out
@@ -560,7 +614,9 @@ def test_a_foreign_checkpoint_is_refused_by_name(okddip: Okddip, tmp_path: Path,
     for answer in answers:
         assert answer.code == 1
         assert "Traceback" not in answer.err
-        message = "does not fit" if kind.startswith("other ") else f"{tmp_path}/foreign.pt: is no checkpoint"
+        message = (
+            "does not fit" if kind.startswith("other ") else f"{tmp_path}/foreign.pt: is not a checkpoint"
+        )
         assert message.replace(f"{tmp_path}/", "") in answer.err.replace(f"{tmp_path}/", ""), answer.err
 
 
@@ -619,7 +675,7 @@ def test_a_signal_at_any_moment_is_answered_and_costs_nothing(
     answer = okddip(*TINY, "hydra.run.dir=run")
     assert answer.code == 143, answer.err
     expected = shlex.join(["okddip", *TINY, "hydra.run.dir=run", "trainer.resume=auto"])
-    assert answer.out.splitlines()[-1] == f"Stopped. Go on with: {expected}"
+    assert answer.out.splitlines()[-1] == f"Stopped. Resume with: {expected}"
     if client.get_experiment_by_name("okddip"):
         experiment = client.get_experiment_by_name("okddip").experiment_id
         assert {run.info.status for run in client.search_runs([experiment])} <= {"KILLED"}
@@ -648,7 +704,7 @@ def test_an_exception_after_a_signal_marks_the_run_killed(
     monkeypatch.setattr(Trainer, "train_epoch", worker_gone)
     answer = okddip(*TINY, "hydra.run.dir=run")
     assert answer.code == 143
-    assert "Stopped. Go on with: " in answer.out
+    assert "Stopped. Resume with: " in answer.out
     assert the_run(client).info.status == "KILLED"
 
 
@@ -722,7 +778,7 @@ def test_a_streamed_data_set_goes_on_where_it_was_cut_off(
         cut_off(patch, epoch=1)
         assert okddip(*command, "dataset.workers=2", "hydra.run.dir=runs/run").code == 1
     answer = okddip(*command, "dataset.workers=2", "hydra.run.dir=runs/run", "trainer.resume=auto")
-    assert "goes on after epoch 1" in answer.out
+    assert "resumes after epoch 1" in answer.out
     assert are_the_same(weights(tmp_path / "whole" / "run"), weights(tmp_path / "runs" / "run"))
 
 
@@ -758,7 +814,7 @@ def test_a_signal_to_the_whole_group_ends_a_run_with_workers_as_killed(
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
-    assert output.strip().splitlines()[-1].startswith("Stopped. Go on with: okddip dataset=imagenet")
+    assert output.strip().splitlines()[-1].startswith("Stopped. Resume with: okddip dataset=imagenet")
     assert "Traceback" not in output
     assert the_run(client).info.status == "KILLED"
 
@@ -785,7 +841,7 @@ def test_a_signal_while_workers_start_ends_the_run_and_is_not_lost_in_a_hook(tmp
         timeout=300,
     )
     assert process.returncode == 143, process.stdout
-    assert "Stopped. Go on with: " in process.stdout.strip().splitlines()[-1]
+    assert "Stopped. Resume with: " in process.stdout.strip().splitlines()[-1]
     assert "Traceback" not in process.stdout
 
 
@@ -812,7 +868,7 @@ def test_a_job_that_submitit_preempts_is_requeued_and_goes_on(tmp_path: Path) ->
     assert sweep.returncode == 0, output
     [log] = [path.read_text() for path in tmp_path.glob("multirun/*/.submitit/*/*_0_log.out")]
     assert "Requeued job" in log
-    assert "goes on after epoch" in log
+    assert "resumes after epoch" in log
     [folder] = {path.parent for path in tmp_path.glob("multirun/*/*/last.pt")}
     assert [line["epoch"] for line in lines_of(folder)] == list(range(12))
 
@@ -827,7 +883,7 @@ def test_a_signal_ends_a_run_properly_and_says_how_to_go_on(tmp_path: Path, numb
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     expected = shlex.join(["okddip", *long, "trainer.resume=auto"])
-    assert output.strip().splitlines()[-1] == f"Stopped. Go on with: {expected}"
+    assert output.strip().splitlines()[-1] == f"Stopped. Resume with: {expected}"
     [last] = tmp_path.glob("outputs/*/*/last.pt")
     checkpoint.load(last)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

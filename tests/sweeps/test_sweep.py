@@ -235,7 +235,7 @@ def test_a_job_that_is_cut_off_goes_on(
     assert "failed #1 seed=1: RuntimeError: the power went" in cut.out
     answer = okddip(*command, f"hydra.sweep.dir={places[1]}")
     assert answer.code == 0, answer.err
-    assert answer.out.count("goes on after epoch 1") == 2
+    assert answer.out.count("resumes after epoch 1") == 2
 
 
 @pytest.mark.slow
@@ -616,7 +616,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
     assert "3 jobs: 1 finished before, 2 finished." in output
-    assert output.count("; goes on after epoch") == 1
+    assert output.count("; resumes after epoch") == 1
     [parent] = runs(tmp_path, "parents")
     assert parent.info.status == "FINISHED"
     assert [run.info.status for run in runs(tmp_path)] == ["FINISHED"] * 3
@@ -643,7 +643,7 @@ def test_a_forced_sweep_that_was_killed_goes_on_and_counts_nothing_from_before(t
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
     assert "3 jobs: 1 finished before, 2 finished." in output
-    assert output.count("; goes on after epoch") == 1
+    assert output.count("; resumes after epoch") == 1
     _, forced = runs(tmp_path, "parents")
     for parent in (before, forced):
         own = [run for run in runs(tmp_path) if run.data.tags["mlflow.parentRunId"] == parent.info.run_id]

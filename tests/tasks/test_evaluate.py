@@ -206,8 +206,8 @@ def test_a_server_that_does_not_answer_is_named_at_once(okddip: Okddip) -> None:
 def test_bad_input_is_refused_by_name(okddip: Okddip, overrides: list[str], message: str) -> None:
     Path("text.pt").write_text("no checkpoint")
     Path("run").mkdir()
-    state = {key: kind() for key, kind in checkpoint.KEYS.items()}
-    state["config"] = {group: {} for group in checkpoint.GROUPS}
+    state = {key: kind() for key, kind in checkpoint.REQUIRED_KEYS.items()}
+    state["config"] = {group: {} for group in checkpoint.CONFIG_GROUPS}
     checkpoint.save(state, Path("run"), best=True)
     answer = okddip(*EVALUATE, "tracking=none", *overrides)
     assert answer.code == 1
@@ -218,9 +218,9 @@ def test_bad_input_is_refused_by_name(okddip: Okddip, overrides: list[str], mess
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"classes": None}, "run/last.pt: is no checkpoint of this program"),
-        ({"config": {}}, "run/last.pt: is no checkpoint of this program"),
-        ({"config": [1]}, "run/last.pt: is no checkpoint of this program"),
+        ({"classes": None}, "run/last.pt: is not a checkpoint of this program"),
+        ({"config": {}}, "run/last.pt: is not a checkpoint of this program"),
+        ({"config": [1]}, "run/last.pt: is not a checkpoint of this program"),
         ({"group": {}}, "does not fit: group: Error(s) in loading state_dict"),
         ({"classes": ["a", "b"]}, "classes"),
     ],

@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from omegaconf import OmegaConf
 from test_tracking import free_port, mlflow_server
 
-from okddip.run.folder import read_metrics
+from okddip.run.folder import RunFolder
 from okddip.run.identity import run_identity
 from okddip.run.references import find_checkpoint
 from okddip.run.summary import run_params
@@ -74,7 +74,7 @@ def lacks_nothing(client: MlflowClient, run: Run, uri: str) -> None:
     assert run.data.tags["identity"] == run_identity(OmegaConf.create(state["config"]))
     assert run.data.tags["mlflow.runName"] == state["config"]["name"]
 
-    epochs = read_metrics(folder / "metrics.jsonl")
+    epochs = RunFolder(folder).read_metrics()
     assert [epoch for epoch, _, _ in epochs] == [0, 1]
     summary = {"final/top1", "best/top1", "best/epoch"}
     assert run.data.metrics.keys() == {metric for _, _, results in epochs for metric in results} | summary

@@ -120,7 +120,7 @@ def test_a_run_stopped_at_any_moment_of_a_new_store_goes_on(tmp_path: Path) -> N
         stopped.send_signal(kind)
         said, _ = stopped.communicate(timeout=300)
         if kind != signal.SIGKILL:
-            assert "Go on with: okddip" in said
+            assert "Resume with: okddip" in said
         again = start(folder, "-m", "okddip.main", *TRAIN, "trainer.resume=auto")
         output, _ = again.communicate(timeout=300)
         assert again.returncode == 0, f"{kind.name} {said} {output}"

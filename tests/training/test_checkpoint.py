@@ -17,8 +17,8 @@ from okddip.training import checkpoint
 
 def state(epoch: int) -> dict[str, Any]:
     return {
-        **{key: kind() for key, kind in (checkpoint.KEYS | checkpoint.TRAINING_KEYS).items()},
-        "config": {group: {} for group in checkpoint.GROUPS},
+        **{key: kind() for key, kind in (checkpoint.REQUIRED_KEYS | checkpoint.TRAINING_KEYS).items()},
+        "config": {group: {} for group in checkpoint.CONFIG_GROUPS},
         "epoch": epoch,
         "group": {"weights": torch.full((1000,), float(epoch))},
     }

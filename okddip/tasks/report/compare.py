@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 METHODS = ("baseline", "independent", "kd", "dml", "cl_ilr", "one", "okddip")  # the order of rows
 # what a reader asks for first of the settings that do not vary
-COMMON = {
+COMMON_SETTINGS = {
     "model": "model",
     "method.peers": "peers",
     "method.structure": "structure",
     "trainer.epochs": "epochs",
     "dataset.train_size": "train_size",
 }
-SHAPE = ("method.peers", "method.structure")
-EQUAL = 1e-9  # percent; below it are rounding errors
+PEER_SETTINGS = ("method.peers", "method.structure")
+ROUNDING_ERROR = 1e-9  # percent; a smaller spread is none
 LONG_NUMBER = re.compile(r"(?=.{8})-?\d+\.\d+(e-?\d+)?")
-SEVERAL = "settings"  # one column where several settings of the method vary, as ablations do
+SETTINGS_COLUMN = "settings"  # one column where several settings of the method vary, as ablations do
 SCORES = {"last": "final/top1", "best": "best/top1"}
 
 
@@ -69,73 +69,79 @@ class Comparison:
     held_out: str  # of which runs the best epoch was chosen by images held out of training: all, some, none
     repeated: int  # runs left out, as a newer one has the same settings and seed
 
-    def shown(self, column: str) -> dict[str, str]:
-        """The values of a column as readers see them."""
+    def displayed_values(self, column: str) -> dict[str, str]:
+        """The values of a column as the table displays them."""
         values = pd.Series([group.values[column] for group in self.groups])
-        return dict(zip(values, rounded(values), strict=True))
+        return dict(zip(values, round_long_numbers(values), strict=True))
 
     def label(self, group: Group) -> str:
         """What tells a group from the others of its model: its method, and what varies within that."""
-        alike = [
+        same_method = [
             other
             for other in self.groups
             if other.method == group.method and other.settings.get("model") == group.settings.get("model")
         ]
         words = [group.method]
         for column in self.columns:
-            value = self.shown(column)[group.values[column]]
-            if len({other.values[column] for other in alike}) > 1 and value:
-                plain = {"peers": f"{value} peers", SEVERAL: value, "structure": value}
+            value = self.displayed_values(column)[group.values[column]]
+            if len({other.values[column] for other in same_method}) > 1 and value:
+                plain = {"peers": f"{value} peers", SETTINGS_COLUMN: value, "structure": value}
                 words.append(plain.get(column, f"{column} {value}"))
         return ", ".join(words)
 
 
 def compare(chosen: Sequence["Run"]) -> list[Comparison]:
     """A comparison for each data set."""
-    return [compare_on(name, those) for name, those in sorted(runs.by_dataset(chosen).items())]
+    return [compare_dataset(name, members) for name, members in sorted(runs.group_by_dataset(chosen).items())]
 
 
-def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
+def compare_dataset(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     """Group runs on one data set, oldest first, by whatever varies among them."""
-    apart = runs.settings_apart(chosen)
-    settings = pd.DataFrame(apart).fillna("")
-    columns = varying(settings)
-    shown = settings[list(columns)].rename(columns=columns)
+    by_run = runs.settings_with_teachers(chosen)
+    settings = pd.DataFrame(by_run).fillna("")
+    columns = varying_settings(settings)
+    displayed = settings[list(columns)].rename(columns=columns)
     # targets of Hydra are import paths: their last part is the name
-    shown = shown.map(lambda value: value.rpartition(".")[2] if value.startswith("okddip.") else value)
+    displayed = displayed.map(
+        lambda value: value.rpartition(".")[2] if value.startswith("okddip.") else value
+    )
     of_method = [key for key in columns if key.startswith("method.")]
-    usual = {method: usual_settings(rows) for method, rows in settings.groupby("method")}
-    differing = [changed(row, usual[row["method"]], of_method) for _, row in settings.iterrows()]
-    inner = [key for key in of_method if key not in SHAPE]
+    usual = {method: reference_settings(rows) for method, rows in settings.groupby("method")}
+    differing = [changed_settings(row, usual[row["method"]], of_method) for _, row in settings.iterrows()]
+    inner = [key for key in of_method if key not in PEER_SETTINGS]
     named: dict[str, str] = {}
     if len(inner) > 1:
-        names = [ablation(row["method"], differing[index]) for index, row in settings.iterrows()]
-        texts = [in_words(changes, inner) for changes in differing]
+        names = [ablation_name(row["method"], differing[index]) for index, row in settings.iterrows()]
+        texts = [as_text(changes, inner) for changes in differing]
         named = {name: text for name, text in zip(names, texts, strict=True) if name and text}
-        shown = shown.drop(columns=[columns[key] for key in inner])
-        shown[SEVERAL] = [name or text for name, text in zip(names, texts, strict=True)]
+        displayed = displayed.drop(columns=[columns[key] for key in inner])
+        displayed[SETTINGS_COLUMN] = [name or text for name, text in zip(names, texts, strict=True)]
     groups = []
-    for values, rows in shown.groupby(list(shown.columns)):
+    for values, rows in displayed.groupby(list(displayed.columns)):
         by_seed = {int(runs.seed(chosen[row])): chosen[row] for row in rows.index}  # the newest of each
-        those = [by_seed[seed] for seed in sorted(by_seed)]
+        newest = [by_seed[seed] for seed in sorted(by_seed)]
         scores = pd.DataFrame(
-            {name: [run.data.metrics[metric] for run in those] for name, metric in SCORES.items()},
+            {name: [run.data.metrics[metric] for run in newest] for name, metric in SCORES.items()},
             index=sorted(by_seed),
         )
-        own = apart[rows.index[0]]
+        own = by_run[rows.index[0]]
         groups.append(
-            Group(dict(zip(shown.columns, values, strict=True)), own, those, scores, {}, published_for(own))
+            Group(
+                dict(zip(displayed.columns, values, strict=True)), own, newest, scores, {}, published_for(own)
+            )
         )
     repeated = len(chosen) - sum(len(group.runs) for group in groups)
-    groups.sort(key=order)
+    groups.sort(key=sort_key)
     beside_method = [
         name for key, name in columns.items() if not key.startswith("method.") and name != "method"
     ]
     plain = {
         "baseline": [group for group in groups if group.method == "baseline"],
-        "default": [group for group in groups if not changed(group.settings, usual[group.method], of_method)],
+        "default": [
+            group for group in groups if not changed_settings(group.settings, usual[group.method], of_method)
+        ],
     }
-    reference = next((name for name, those in plain.items() if 0 < len(those) < len(groups)), "")
+    reference = next((name for name, members in plain.items() if 0 < len(members) < len(groups)), "")
     references = plain.get(reference, [])
     for group in groups:
         for other in references:
@@ -143,11 +149,11 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
             same = same and (reference == "baseline" or other.method == group.method)
             if same and all(group is not known for known in references):
                 group.differences = {
-                    name: difference(group.scores[name], other.scores[name]) for name in SCORES
+                    name: mean_difference(group.scores[name], other.scores[name]) for name in SCORES
                 }
     common = {
         name: str(settings[key].iloc[0])
-        for key, name in COMMON.items()
+        for key, name in COMMON_SETTINGS.items()
         if key in settings and settings[key].nunique() == 1
     }
     held_out = pd.to_numeric(settings.get("dataset.validation", pd.Series("0")), "coerce") > 0
@@ -155,7 +161,7 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
         reference = ""
     return Comparison(
         dataset,
-        list(shown.columns),
+        list(displayed.columns),
         common,
         groups,
         reference,
@@ -165,13 +171,13 @@ def compare_on(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     )
 
 
-def rounded(column: pd.Series) -> pd.Series:
+def round_long_numbers(column: pd.Series) -> pd.Series:
     """Values of a setting with four digits where they have more than seven, if that leaves them apart."""
     short = column.map(lambda value: f"{float(value):.4g}" if LONG_NUMBER.fullmatch(value) else value)
     return short if short.nunique() == column.nunique() else column
 
 
-def usual_settings(rows: pd.DataFrame) -> dict[str, str]:
+def reference_settings(rows: pd.DataFrame) -> dict[str, str]:
     """What a method's runs are compared with: its option file, and where no run has that, what most have."""
     usual = dict(option("method", rows["method"].iloc[0]))
     for key in usual.keys() & set(rows.columns):
@@ -181,18 +187,18 @@ def usual_settings(rows: pd.DataFrame) -> dict[str, str]:
     return usual
 
 
-def changed(
+def changed_settings(
     settings: Mapping[str, str] | pd.Series, usual: Mapping[str, str], keys: Sequence[str]
 ) -> dict[str, str]:
     """The settings among `keys` that are not the usual ones."""
     return {key: settings[key] for key in keys if settings.get(key, "") not in ("", usual.get(key))}
 
 
-def in_words(changes: Mapping[str, str], keys: Sequence[str]) -> str:
+def as_text(changes: Mapping[str, str], keys: Sequence[str]) -> str:
     return " ".join(f"{key.removeprefix('method.')}={changes[key]}" for key in keys if key in changes)
 
 
-def ablation(method: str, changes: Mapping[str, str]) -> str:
+def ablation_name(method: str, changes: Mapping[str, str]) -> str:
     """The name of the option of the group `ablation` that makes these changes; empty if there is none.
 
     Peers have a column of their own.
@@ -203,7 +209,7 @@ def ablation(method: str, changes: Mapping[str, str]) -> str:
     return next((name for name, its in ablations().items() if its == changes), "")
 
 
-def varying(settings: pd.DataFrame) -> dict[str, str]:
+def varying_settings(settings: pd.DataFrame) -> dict[str, str]:
     """The settings that vary, and short names for them; the method always.
 
     A setting of a group counts if it varies among runs with the same option of that group: that methods
@@ -217,7 +223,7 @@ def varying(settings: pd.DataFrame) -> dict[str, str]:
         option = next((name for name in (part, f"{part}._target_") if name in settings), None)
         if key == "method" or (key.endswith("._target_") and key != option):
             continue
-        if key == option or option is None or key in SHAPE:
+        if key == option or option is None or key in PEER_SETTINGS:
             varies = settings[key].nunique() > 1
         else:
             present = settings[settings[key] != ""]
@@ -248,7 +254,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def order(group: Group) -> list[tuple[int, float, str]]:
+def sort_key(group: Group) -> list[tuple[int, float, str]]:
     """By model, then method from the plainest on, then the other columns; numbers by size."""
     values = dict(group.values)
     method = values.pop("method")
@@ -264,7 +270,7 @@ def order(group: Group) -> list[tuple[int, float, str]]:
     return keys
 
 
-def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
+def mean_difference(ours: pd.Series, theirs: pd.Series) -> Difference:
     """Mean difference with its 95% interval, from Student's t.
 
     Over the pairs of runs with the same seed if there are at least two, otherwise Welch's for two samples; of
@@ -274,10 +280,10 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
     Args:
         ours, theirs: scores; the index is the seed.
     """
-    apart = (ours - theirs).dropna()  # aligned by seed
-    if len(apart) >= 2:
-        mean, pairs = apart.mean(), len(apart)
-        error, freedom = apart.sem(), float(pairs - 1)
+    paired = (ours - theirs).dropna()  # aligned by seed
+    if len(paired) >= 2:
+        mean, pairs = paired.mean(), len(paired)
+        error, freedom = paired.sem(), float(pairs - 1)
     else:
         mean, pairs = ours.mean() - theirs.mean(), 0
         squares = np.array([ours.sem() ** 2, theirs.sem() ** 2])  # NaN for a single run
@@ -285,7 +291,7 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
         sizes = np.array([len(ours), len(theirs)])
         with np.errstate(divide="ignore", invalid="ignore"):
             freedom = float(squares.sum() ** 2 / (squares**2 / (sizes - 1)).sum())
-        if len(apart) == 1 and sizes.min() == 1:
-            mean, pairs = apart.mean(), 1
-    half = float(stats.t.ppf(0.975, freedom) * error) if error > EQUAL else np.nan
+        if len(paired) == 1 and sizes.min() == 1:
+            mean, pairs = paired.mean(), 1
+    half = float(stats.t.ppf(0.975, freedom) * error) if error > ROUNDING_ERROR else np.nan
     return Difference(float(mean), float(mean - half), float(mean + half), pairs)

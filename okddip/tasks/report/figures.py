@@ -36,7 +36,7 @@ COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 PREDICTORS = {"leader": "group leader", "mean": "mean peer", "ensemble": "ensemble of peers"}
-STYLE = {
+RC_PARAMS = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -53,7 +53,7 @@ LEGEND_ROW = 0.18  # inches
 DPI = 200
 FEWEST_EPOCHS_TO_MAGNIFY = 8
 ATTENTION = re.compile(r"test/attention/(\d+)/(\d+)")
-LONGEST_NAME = 150  # bytes; most file systems take 255 with an ending
+MAX_NAME_BYTES = 150  # most file systems take 255 with an ending
 MOST_ATTENTION = 8  # figures of attention for one data set and model
 MOST_SEEDS, MOST_EPOCHS = 3, 4  # of attention matrices in one figure
 
@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 History = Callable[["Run", str], pd.Series]
 
 
-def write(client: "MlflowClient", comparisons: Sequence[Comparison], folder: Path) -> None:
+def write_figures(client: "MlflowClient", comparisons: Sequence[Comparison], folder: Path) -> None:
     """Write the figures that the runs' metrics allow, for each data set and model."""
 
     @cache
@@ -75,8 +75,8 @@ def write(client: "MlflowClient", comparisons: Sequence[Comparison], folder: Pat
         return history(run.info.run_id, metric)
 
     written: set[str] = set()
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of each letter in a PDF
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs each letter in a PDF
+    with matplotlib.rc_context(RC_PARAMS):  # type: ignore[arg-type]
         for comparison in comparisons:
             for model in dict.fromkeys(group.settings["model"] for group in comparison.groups):
                 name = f"{comparison.dataset}-{model}"
@@ -94,9 +94,9 @@ def file_name(words: str, taken: set[str]) -> str:
         os.fsencode(name)
     except UnicodeEncodeError:  # a locale without these letters
         name = re.sub(r"[^\w.-]+", "_", words, flags=re.ASCII)
-    if len(name.encode()) > LONGEST_NAME or name in taken:
+    if len(name.encode()) > MAX_NAME_BYTES or name in taken:
         word = hashlib.sha256(words.encode()).hexdigest()[:8]
-        name = f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}-{word}"
+        name = f"{name.encode()[:MAX_NAME_BYTES].decode(errors='ignore')}-{word}"
     taken.add(name)
     return name
 
@@ -110,20 +110,20 @@ def draw(comparison: Comparison, model: str, history: History) -> dict[str, Figu
     }
     place = for_terminal(f"{comparison.dataset}, {model}")
     figures = {
-        "accuracy": over_epochs(groups, history, "test/top1", "Test top-1 (%)", place),
-        "diversity": over_epochs(
+        "accuracy": draw_over_epochs(groups, history, "test/top1", "Test top-1 (%)", place),
+        "diversity": draw_over_epochs(
             groups,
             history,
             "test/diversity",
             "Diversity (mean L2 distance\nof peers' softmax outputs)",
             place,
         ),
-        "predictors": predictors(groups, place),
-        "peers": against_peers(groups, history, place),
+        "predictors": draw_predictors(groups, place),
+        "peers": draw_against_peers(groups, history, place),
     }
-    attentive = [label for label, group in groups.items() if any(attends(run) for run in group.runs)]
+    attentive = [label for label, group in groups.items() if any(has_attention(run) for run in group.runs)]
     for label in attentive[:MOST_ATTENTION]:
-        figures[f"attention-{label}"] = attention(groups[label], history, f"{label} on {place}")
+        figures[f"attention-{label}"] = draw_attention(groups[label], history, f"{label} on {place}")
     if len(attentive) > MOST_ATTENTION:
         log.info(
             "%s: attention is drawn of the first %d of %d settings; report.where chooses others.",
@@ -132,7 +132,7 @@ def draw(comparison: Comparison, model: str, history: History) -> dict[str, Figu
     return {kind: figure for kind, figure in figures.items() if figure is not None}
 
 
-def over_epochs(
+def draw_over_epochs(
     groups: dict[str, Group], history: History, metric: str, name: str, place: str
 ) -> Figure | None:
     """A metric against the epoch: the mean over seeds, in a band of one standard deviation.
@@ -150,7 +150,7 @@ def over_epochs(
     last = max(int(table.index[-1]) for table in tables.values())
     starts = [0] if last < FEWEST_EPOCHS_TO_MAGNIFY else [0, last - last // 4]
     most = 100 if metric.endswith("top1") else None
-    figure, panels = new(place, len(starts))
+    figure, panels = new_figure(place, len(starts))
     for axes, start in zip(panels, starts, strict=True):
         for label, table in tables.items():
             shown = table[table.index >= start]
@@ -164,18 +164,18 @@ def over_epochs(
         if last == 1:
             axes.set_xlim(0, 2)
     panels[0].set_ylabel(name)
-    legend_below(figure, panels[0], over_seeds(groups[label] for label in tables))
+    legend_below(figure, panels[0], seeds_caption(groups[label] for label in tables))
     return figure
 
 
-def predictors(groups: dict[str, Group], place: str) -> Figure | None:
+def draw_predictors(groups: dict[str, Group], place: str) -> Figure | None:
     """Leader, mean peer and ensemble after the last epoch, for each group with peers."""
     with_peers = {
         label: group for label, group in groups.items() if "test/ensemble/top1" in group.runs[0].data.metrics
     }
     if not with_peers:
         return None
-    figure, (axes,) = new(place, height=0.9 + 0.4 * len(with_peers))
+    figure, (axes,) = new_figure(place, height=0.9 + 0.4 * len(with_peers))
     rows = np.arange(len(with_peers))
     for number, (predictor, name) in enumerate(PREDICTORS.items()):
         scores = [
@@ -195,11 +195,11 @@ def predictors(groups: dict[str, Group], place: str) -> Figure | None:
     axes.set_ylim(len(with_peers) - 0.5, -0.5)
     axes.set_xlabel("Test top-1 after the last epoch (%)")
     axes.grid(axis="y", visible=False)
-    legend_below(figure, axes, over_seeds(with_peers.values()))
+    legend_below(figure, axes, seeds_caption(with_peers.values()))
     return figure
 
 
-def against_peers(groups: dict[str, Group], history: History, place: str) -> Figure | None:
+def draw_against_peers(groups: dict[str, Group], history: History, place: str) -> Figure | None:
     """Accuracy and the time of a training step against the number of peers."""
     series: dict[str, list[Group]] = {}
     for label, group in groups.items():
@@ -207,12 +207,12 @@ def against_peers(groups: dict[str, Group], history: History, place: str) -> Fig
     series = {label: members for label, members in series.items() if len(members) > 1}
     if not series:
         return None
-    figure, (accuracy, time) = new(place, 2)
+    figure, (accuracy, time) = new_figure(place, 2)
     devices: set[str] = set()
     for number, (label, members) in enumerate(series.items()):
-        members = sorted(members, key=peers)
+        members = sorted(members, key=peer_count)
         aside = 0.08 * (number - (len(series) - 1) / 2)  # bars of one count stand side by side
-        counts = [peers(group) + aside for group in members]
+        counts = [peer_count(group) + aside for group in members]
         times = [pd.Series([step_ms(run, history) for run in group.runs]) for group in members]
         tags = (runs.tag(run, "device") or "" for group in members for run in group.runs)
         devices |= {tag.partition(":")[0] for tag in tags} - {""}  # jobs side by side: cuda:0, cuda:1
@@ -232,11 +232,11 @@ def against_peers(groups: dict[str, Group], history: History, place: str) -> Fig
     named = for_terminal(" and ".join(sorted(devices)) or "the device")
     time.set_ylabel(f"Training step on {named} (ms)")
     time.set_ylim(bottom=0)
-    legend_below(figure, time, over_seeds(group for members in series.values() for group in members))
+    legend_below(figure, time, seeds_caption(group for members in series.values() for group in members))
     return figure
 
 
-def peers(group: Group) -> int:
+def peer_count(group: Group) -> int:
     return int(group.settings["method.peers"])
 
 
@@ -248,12 +248,12 @@ def step_ms(run: "Run", history: History) -> float:
     return 1000 * int(params_of(run)["trainer.batch_size"]) / float(speed.median())
 
 
-def attention(group: Group, history: History, title: str) -> Figure | None:
+def draw_attention(group: Group, history: History, title: str) -> Figure | None:
     """OKDDip's attention, mean over the test images: a row a seed, columns from the first epoch to the last.
 
     Not averaged over seeds: the second peer of one seed has nothing to do with that of another.
     """
-    matrices = {runs.seed(run): attention_of(run, history) for run in group.runs}
+    matrices = {runs.seed(run): attention_by_epoch(run, history) for run in group.runs}
     matrices = {seed: by_epoch for seed, by_epoch in matrices.items() if by_epoch}
     if not matrices:
         return None
@@ -289,11 +289,11 @@ def attention(group: Group, history: History, title: str) -> Figure | None:
     return figure
 
 
-def attends(run: "Run") -> bool:
+def has_attention(run: "Run") -> bool:
     return any(ATTENTION.fullmatch(name) for name in run.data.metrics)
 
 
-def attention_of(run: "Run", history: History) -> dict[int, np.ndarray]:
+def attention_by_epoch(run: "Run", history: History) -> dict[int, np.ndarray]:
     """The matrices of a run by epoch, [A asks, A answers]; none if it logged none."""
     names = {name: match for name in run.data.metrics if (match := ATTENTION.fullmatch(name))}
     if not names:
@@ -304,7 +304,7 @@ def attention_of(run: "Run", history: History) -> dict[int, np.ndarray]:
     return {int(epoch): row.unstack().to_numpy() for epoch, row in entries.iterrows()}
 
 
-def new(title: str, panels: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
+def new_figure(title: str, panels: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.suptitle(title, fontsize=9)
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
@@ -330,7 +330,7 @@ def legend_below(figure: Figure, axes: Axes, title: str) -> None:
     figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (1 + math.ceil(len(labels) / columns)))
 
 
-def over_seeds(groups: Iterable[Group]) -> str:
+def seeds_caption(groups: Iterable[Group]) -> str:
     """What a point and its bar or band are."""
     counts = sorted({len(group.runs) for group in groups})
     if counts == [1]:

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-PAGE = 1000  # runs that the store sends at once
-NEEDED = {"method", "seed", "trainer.epochs"}  # params of a training run
+PAGE_SIZE = 1000  # runs that the store sends at once
+REQUIRED_PARAMS = {"method", "seed", "trainer.epochs"}  # params of a training run
 TEACHER = "method.teacher"  # the param: where it is
-LENGTHENED = "trainer.lengthened_from"  # the tag `lengths`, as a column
-OTHER_TASKS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
+LENGTHS = "lengths"  # tag of a run that an older version lengthened against its schedule
+OTHER_KINDS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
 
 
-def find(
+def find_runs(
     client: "MlflowClient", uri: str, experiment: str, sweep: str | None = None, where: str | None = None
 ) -> list["Run"]:
     """Runs of an experiment, or of a sweep in it, that match a filter.
@@ -38,8 +38,8 @@ def find(
     if known is None:
         names = ", ".join(sorted(each.name for each in client.search_experiments()))
         raise ConfigError(f"{searched}: there is no such experiment. There are {names}.")
-    everything = search(client, known.experiment_id)
-    found = matching(client, known.experiment_id, everything, where) if where else everything
+    everything = search_runs(client, known.experiment_id)
+    found = filter_runs(client, known.experiment_id, everything, where) if where else everything
     if where:
         searched += f', report.where="{where}"'
     if sweep:
@@ -55,7 +55,7 @@ def find(
             for run in found
             if sweep in (tag(run, "sweep"), tag(run, "mlflow.parentRunId")) or run.info.run_id in before
         ]
-    chosen, left_out = comparable(found)
+    chosen, left_out = finished_runs(found)
     if not chosen:
         raise ConfigError(
             f"No finished run to report on. Searched {searched}: {len(found)} of the experiment's"
@@ -64,14 +64,14 @@ def find(
     return found
 
 
-def matching(
+def filter_runs(
     client: "MlflowClient", experiment_id: str, everything: Sequence["Run"], where: str
 ) -> list["Run"]:
     """The runs whose params of now match a filter; MLflow itself knows those that a run began with."""
     from mlflow.entities import Metric, Param, Run, RunData, RunTag
     from mlflow.utils.search_utils import SearchUtils
 
-    matches = {run.info.run_id for run in search(client, experiment_id, where)}
+    matches = {run.info.run_id for run in search_runs(client, experiment_id, where)}
     for run in everything:
         now = params_of(run)
         if now == run.data.params:
@@ -88,7 +88,7 @@ def matching(
     return [run for run in everything if run.info.run_id in matches]
 
 
-def search(client: "MlflowClient", experiment_id: str, where: str = "") -> list["Run"]:
+def search_runs(client: "MlflowClient", experiment_id: str, where: str = "") -> list["Run"]:
     """All runs that match a filter.
 
     Raises:
@@ -100,7 +100,7 @@ def search(client: "MlflowClient", experiment_id: str, where: str = "") -> list[
     token: str | None = None
     while True:
         try:
-            page = client.search_runs([experiment_id], where, max_results=PAGE, page_token=token)
+            page = client.search_runs([experiment_id], where, max_results=PAGE_SIZE, page_token=token)
         except MlflowException as error:
             if not where or error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
@@ -114,22 +114,30 @@ def search(client: "MlflowClient", experiment_id: str, where: str = "") -> list[
             return found
 
 
-def comparable(found: Sequence["Run"]) -> tuple[list["Run"], str]:
-    """The finished training runs among `found`, oldest first, and a sentence on those left out."""
+def finished_runs(found: Sequence["Run"]) -> tuple[list["Run"], str]:
+    """The finished training runs among `found`, oldest first, and sentences on those left out."""
     training = [
-        run for run in found if run.data.params.keys() >= NEEDED and not OTHER_TASKS & run.data.tags.keys()
+        run
+        for run in found
+        if run.data.params.keys() >= REQUIRED_PARAMS and not OTHER_KINDS & run.data.tags.keys()
     ]
     finished = [
         run
         for run in training
         if run.info.status == "FINISHED" and {"final/top1", "best/top1"} <= run.data.metrics.keys()
     ]
-    finished.sort(key=lambda run: run.info.start_time)
     unfinished = Counter(run.info.status for run in training if run not in finished)
-    if not unfinished:
-        return finished, ""
-    statuses = ", ".join(f"{number} {status}" for status, number in sorted(unfinished.items()))
-    return finished, f"Unfinished runs, left out: {unfinished.total()} ({statuses})."
+    sentences = []
+    if unfinished:
+        statuses = ", ".join(f"{number} {status}" for status, number in sorted(unfinished.items()))
+        sentences.append(f"Unfinished runs, left out: {unfinished.total()} ({statuses}).")
+    if lengthened := sum(bool(tag(run, LENGTHS)) for run in finished):
+        sentences.append(
+            f"Runs that an older version lengthened, left out: {lengthened}; their schedule is that of no one"
+            " length."
+        )
+    compared = [run for run in finished if not tag(run, LENGTHS)]
+    return sorted(compared, key=lambda run: run.info.start_time), " ".join(sentences)
 
 
 def settings(run: "Run") -> dict[str, str]:
@@ -143,12 +151,10 @@ def settings(run: "Run") -> dict[str, str]:
     }
     if teacher := tag(run, "teacher"):
         known |= {TEACHER: teacher, f"{TEACHER}_model": teacher.rpartition("-")[0]}
-    if lengths := tag(run, "lengths"):
-        known[LENGTHENED] = lengths
     return known
 
 
-def settings_apart(chosen: Sequence["Run"]) -> list[dict[str, str]]:
+def settings_with_teachers(chosen: Sequence["Run"]) -> list[dict[str, str]]:
     """The settings of each run; where students of one seed have several teachers of a kind, with which it is.
 
     Elsewhere they count as one: each student has the teacher of its own seed, say.
@@ -158,12 +164,12 @@ def settings_apart(chosen: Sequence["Run"]) -> list[dict[str, str]]:
     teachers: dict[tuple[object, ...], set[tuple[str, str]]] = {}
     epochs: dict[object, set[str]] = {}
     for key, run in zip(keys, chosen, strict=True):
-        its_seed, its_epoch = which_teacher(run)
+        its_seed, its_epoch = teacher_seed_and_epoch(run)
         teachers.setdefault((key, seed(run)), set()).add((its_seed, its_epoch))
         epochs.setdefault(key, set()).add(its_epoch)
     several = {key for (key, _), those in teachers.items() if len(those) > 1}
     for row, key, run in zip(rows, keys, chosen, strict=True):
-        its_seed, its_epoch = which_teacher(run)
+        its_seed, its_epoch = teacher_seed_and_epoch(run)
         if key in several:
             words = [row.get(TEACHER, "")]
             words += [f"of seed {its_seed}"] if its_seed != seed(run) else []
@@ -172,7 +178,7 @@ def settings_apart(chosen: Sequence["Run"]) -> list[dict[str, str]]:
     return rows
 
 
-def which_teacher(run: "Run") -> tuple[str, str]:
+def teacher_seed_and_epoch(run: "Run") -> tuple[str, str]:
     """Seed and epoch of the teacher of a run; of an older one the place, which stands for both."""
     return (
         tag(run, "teacher.seed") or params_of(run).get(TEACHER, ""),
@@ -184,7 +190,7 @@ def seed(run: "Run") -> str:
     return params_of(run)["seed"]
 
 
-class Tested(NamedTuple):
+class TestSet(NamedTuple):
     """What a run was tested on."""
 
     option: str
@@ -193,16 +199,16 @@ class Tested(NamedTuple):
     place: str  # where they are, as given
 
 
-def by_dataset(chosen: Sequence["Run"]) -> dict[str, list["Run"]]:
+def group_by_dataset(chosen: Sequence["Run"]) -> dict[str, list["Run"]]:
     """Runs on the same test images, under the name of their data set.
 
     Image folders are told apart by their images, wherever they lie. The same images scaled to another size
     are recognised by their place.
     """
-    groups: dict[Tested, list[Run]] = {}
+    groups: dict[TestSet, list[Run]] = {}
     for run in chosen:
-        tested = tested_on(run)
-        same = (known for known in groups if same_images(known, tested))
+        tested = test_set_of(run)
+        same = (known for known in groups if same_test_images(known, tested))
         groups.setdefault(next(same, tested), []).append(run)
     named: dict[str, list[Run]] = {}
     for tested, members in groups.items():
@@ -213,14 +219,14 @@ def by_dataset(chosen: Sequence["Run"]) -> dict[str, list["Run"]]:
     return named
 
 
-def tested_on(run: "Run") -> Tested:
+def test_set_of(run: "Run") -> TestSet:
     known = params_of(run)
     option, root = known.get("dataset", ""), known.get("dataset.root", "")
     place = root if option in FOLDER_DATASETS else ""
-    return Tested(option, known.get("dataset.image_size", ""), digests_of(run).get("test", ""), place)
+    return TestSet(option, known.get("dataset.image_size", ""), digests_of(run).get("test", ""), place)
 
 
-def same_images(one: Tested, other: Tested) -> bool:
+def same_test_images(one: TestSet, other: TestSet) -> bool:
     if one.option != other.option:
         return False
     if one.digest and other.digest and one.size == other.size:

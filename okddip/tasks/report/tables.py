@@ -20,23 +20,23 @@ REFERENCES = {
 }
 
 
-def write(comparisons: Sequence[Comparison], left_out: str, folder: Path) -> None:
+def write_tables(comparisons: Sequence[Comparison], left_out: str, folder: Path) -> None:
     """Write `table.txt`, `table.md`, `table.tex` and `table.csv`."""
-    tables = [(comparison, cells(comparison), notes(comparison)) for comparison in comparisons]
+    tables = [(comparison, displayed_table(comparison), footer(comparison)) for comparison in comparisons]
     remarks = [left_out] if left_out else []
     if len(comparisons) > 1:
         names = ", ".join(comparison.dataset for comparison in comparisons)
         remarks.append(f"Results on different data sets cannot be compared: a table for each of {names}.")
 
     paragraphs = [
-        f"{for_terminal(title(c))}\n\n{text(table)}\n\n" + "\n".join(map(for_terminal, below))
+        f"{for_terminal(title(c))}\n\n{text_table(table)}\n\n" + "\n".join(map(for_terminal, below))
         for c, table, below in tables
     ]
     (folder / "table.txt").write_text(
         "\n\n".join([*paragraphs, *map(for_terminal, remarks)]) + "\n", encoding="utf-8"
     )
     paragraphs = [
-        f"**{for_markdown(title(c))}**\n\n{markdown(table)}\n\n"
+        f"**{for_markdown(title(c))}**\n\n{markdown_table(table)}\n\n"
         + "\n".join(f"- {for_markdown(line)}" for line in below)
         for c, table, below in tables
     ]
@@ -47,7 +47,7 @@ def write(comparisons: Sequence[Comparison], left_out: str, folder: Path) -> Non
     for number, (c, table, below) in enumerate(tables, 1):
         narrower, footnotes = with_footnotes(c, table)
         below = [*below, *footnotes, *(remarks if number == len(tables) else [])]
-        blocks.append(latex(narrower, title(c), below))
+        blocks.append(latex_table(narrower, title(c), below))
     (folder / "table.tex").write_text(
         "\n".join(["% \\usepackage{booktabs,graphicx} in the preamble", *blocks]), encoding="utf-8"
     )
@@ -71,16 +71,16 @@ def title(comparison: Comparison) -> str:
     return f"Test top-1 (%) on {', '.join(words)}: mean ± standard deviation over seeds"
 
 
-def cells(comparison: Comparison) -> pd.DataFrame:
+def displayed_table(comparison: Comparison) -> pd.DataFrame:
     """The table as it is read: a row a group, all cells text."""
-    shown = {column: comparison.shown(column) for column in comparison.columns}
+    displayed = {column: comparison.displayed_values(column) for column in comparison.columns}
     rows = [
         {
-            **{column: shown[column][value] for column, value in group.values.items()},
+            **{column: displayed[column][value] for column, value in group.values.items()},
             "n": str(len(group.runs)),
-            "last epoch": spread(group.scores["last"]),
-            "best epoch": spread(group.scores["best"]),
-            f"last - {comparison.reference}": interval(group.differences.get("last")),
+            "last epoch": mean_and_std(group.scores["last"]),
+            "best epoch": mean_and_std(group.scores["best"]),
+            f"last - {comparison.reference}": difference_with_interval(group.differences.get("last")),
             "published": ", ".join(map(str, group.published)),
         }
         for group in comparison.groups
@@ -90,11 +90,11 @@ def cells(comparison: Comparison) -> pd.DataFrame:
     return table.drop(columns=[name for name in optional if not table[name].any()])
 
 
-def spread(scores: pd.Series) -> str:
+def mean_and_std(scores: pd.Series) -> str:
     return f"{scores.mean():.2f}" + (f" ± {scores.std():.2f}" if len(scores) > 1 else "")
 
 
-def interval(difference: Difference | None) -> str:
+def difference_with_interval(difference: Difference | None) -> str:
     if difference is None:
         return ""
     how = {0: "unpaired", 1: "1 pair"}.get(difference.pairs, f"{difference.pairs} pairs")
@@ -103,7 +103,7 @@ def interval(difference: Difference | None) -> str:
     return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}] {how}"
 
 
-def notes(comparison: Comparison) -> list[str]:
+def footer(comparison: Comparison) -> list[str]:
     """What a reader must know about the columns, and the sources of published figures."""
     lines = []
     on_test = "chosen on the test set itself, so an optimistic figure"
@@ -130,11 +130,6 @@ def notes(comparison: Comparison) -> list[str]:
             )
     if "teacher" in comparison.columns:
         lines.append("teacher: its model, with a word for its settings and images (the runs' tag `teacher`).")
-    if "lengthened_from" in comparison.columns:
-        lines.append(
-            "lengthened_from: epochs that runs were to have before they were made longer; learning rate or"
-            " ramp went by them."
-        )
     if comparison.named:
         lines.append(", ".join(f"{name}: {text}" for name, text in comparison.named.items()) + ".")
     if comparison.repeated:
@@ -179,7 +174,7 @@ def full_precision(group: Group) -> dict[str, object]:
     return row
 
 
-def text(table: pd.DataFrame) -> str:
+def text_table(table: pd.DataFrame) -> str:
     """Aligned columns, numbers to the right."""
     columns = []
     for name in table:
@@ -190,7 +185,7 @@ def text(table: pd.DataFrame) -> str:
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
 
-def markdown(table: pd.DataFrame) -> str:
+def markdown_table(table: pd.DataFrame) -> str:
     rules = ["---:" if name in NUMERIC else "---" for name in table]
     rows = [[str(name) for name in table], rules, *table.values.tolist()]
     return "\n".join(f"| {' | '.join(map(for_markdown, row))} |" for row in rows)
@@ -212,7 +207,7 @@ def with_footnotes(comparison: Comparison, table: pd.DataFrame) -> tuple[pd.Data
     return table.assign(published=entries), lines
 
 
-def latex(table: pd.DataFrame, caption: str, below: Sequence[str]) -> str:
+def latex_table(table: pd.DataFrame, caption: str, below: Sequence[str]) -> str:
     """A floating table with the rules of booktabs, made smaller where it is wider than the page."""
     escaped = table.map(for_latex).rename(columns=for_latex)
     alignment = "".join("r" if name in NUMERIC else "l" for name in table)

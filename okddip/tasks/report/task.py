@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from okddip.errors import ConfigError
-from okddip.tasks.report import command, figures, runs, tables
+from okddip.tasks.report import figures, reproduce, runs, tables
 from okddip.tasks.report.compare import compare
 from okddip.text import for_markdown, for_terminal
 from okddip.tracking.params import MAX_TAG_LENGTH
@@ -44,9 +44,9 @@ def report(config: DictConfig, build: Callable[[DictConfig], "Parts"]) -> None:
         )
     client = open_store(uri)
     if asked.run is not None:
-        print(command.reproduce(client, str(asked.run), trust_of(config)))
+        print(reproduce.reproducing_command(client, str(asked.run), trust_of(config)))
         return
-    found = runs.find(client, uri, config.tracking.experiment, asked.sweep, asked.where)
+    found = runs.find_runs(client, uri, config.tracking.experiment, asked.sweep, asked.where)
     folder = Path(asked.out or Path(HydraConfig.get().runtime.output_dir) / "report")
     make(client, found, folder)
 
@@ -68,28 +68,28 @@ def make(
     Raises:
         ConfigError: none of the runs is a finished training run, or the folder cannot be written.
     """
-    chosen, left_out = runs.comparable(found)
+    chosen, left_out = runs.finished_runs(found)
     if not chosen:
         raise ConfigError(f"There is no finished run to report on among {len(found)}. {left_out}".rstrip())
     comparisons = compare(chosen)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tables.write(comparisons, left_out, folder)
+        tables.write_tables(comparisons, left_out, folder)
         # whatever becomes of figures, and in one piece for `okddip task=report | head`
-        shown = (folder / "table.txt").read_text(encoding="utf-8")
-        print(f"{shown}\nTables and figures: {for_terminal(folder)}", flush=True)
-        figures.write(client, comparisons, folder)
+        table = (folder / "table.txt").read_text(encoding="utf-8")
+        print(f"{table}\nTables and figures: {for_terminal(folder)}", flush=True)
+        figures.write_figures(client, comparisons, folder)
     except OSError as error:
         raise ConfigError(
             f"report.out={folder}: the report cannot be written ({error.strerror}). Name another folder."
         ) from error
     if parent_run_id is not None:
         client.log_artifacts(parent_run_id, str(folder), "report")
-        describe(client, parent_run_id, folder)
+        update_description(client, parent_run_id, folder)
     return folder
 
 
-def describe(client: "MlflowClient", run_id: str, folder: Path) -> None:
+def update_description(client: "MlflowClient", run_id: str, folder: Path) -> None:
     """Show the report that a run has as artifacts in its description too, below what stands there."""
     note = client.get_run(run_id).data.tags.get(NOTE, "").partition(HEADING)[0]
     table = (folder / "table.md").read_text(encoding="utf-8")

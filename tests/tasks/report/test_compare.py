@@ -8,16 +8,16 @@ import pytest
 from scipy import stats
 
 from okddip.tasks.report.compare import (
-    ablation,
-    changed,
-    difference,
-    rounded,
+    ablation_name,
+    changed_settings,
+    mean_difference,
+    reference_settings,
+    round_long_numbers,
     short_names,
-    usual_settings,
-    varying,
+    varying_settings,
 )
 from okddip.tasks.report.published import option
-from okddip.tasks.report.tables import interval
+from okddip.tasks.report.tables import difference_with_interval
 
 
 def scores(values: list[float], seeds: list[int]) -> pd.Series:
@@ -26,7 +26,7 @@ def scores(values: list[float], seeds: list[int]) -> pd.Series:
 
 def test_runs_with_the_same_seed_are_paired_whatever_their_order() -> None:
     ours, theirs = scores([3.0, 1.0, 7.0], [2, 0, 1]), scores([0.5, 2.0, 2.0], [0, 1, 2])
-    found = difference(ours, theirs)
+    found = mean_difference(ours, theirs)
     expected = stats.ttest_rel([1.0, 7.0, 3.0], [0.5, 2.0, 2.0]).confidence_interval(0.95)
     assert found.pairs == 3
     assert found.mean == pytest.approx(6.5 / 3)
@@ -34,31 +34,31 @@ def test_runs_with_the_same_seed_are_paired_whatever_their_order() -> None:
 
 
 def test_only_the_seeds_that_both_have_are_paired() -> None:
-    found = difference(scores([1, 2, 90], [0, 1, 7]), scores([0, 0, 5], [0, 1, 8]))
+    found = mean_difference(scores([1, 2, 90], [0, 1, 7]), scores([0, 0, 5], [0, 1, 8]))
     assert (found.mean, found.pairs) == (1.5, 2)
 
 
 def test_without_two_common_seeds_the_interval_is_welchs() -> None:
     ours, theirs = [93.0, 94.0, 99.0], [92.0, 93.0]
-    found = difference(scores(ours, [0, 1, 2]), scores(theirs, [2, 3]))
+    found = mean_difference(scores(ours, [0, 1, 2]), scores(theirs, [2, 3]))
     expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
     assert found.pairs == 0
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_a_single_run_has_a_difference_and_no_interval() -> None:
-    found = difference(scores([2], [0]), scores([1], [0]))
+    found = mean_difference(scores([2], [0]), scores([1], [0]))
     assert found.mean == 1
     assert math.isnan(found.low)
     assert math.isnan(found.high)
 
 
 def test_a_single_run_is_compared_with_the_run_of_its_seed() -> None:
-    found = difference(scores([94.0], [1]), scores([90.0, 93.5, 97.0], [0, 1, 2]))
+    found = mean_difference(scores([94.0], [1]), scores([90.0, 93.5, 97.0], [0, 1, 2]))
     assert (found.mean, found.pairs) == (0.5, 1)
-    assert interval(found) == "+0.50 1 pair"
-    unpaired = difference(scores([94.0], [7]), scores([90.0, 94.0], [0, 1]))
-    assert interval(unpaired) == "+2.00 unpaired"
+    assert difference_with_interval(found) == "+0.50 1 pair"
+    unpaired = mean_difference(scores([94.0], [7]), scores([90.0, 94.0], [0, 1]))
+    assert difference_with_interval(unpaired) == "+2.00 unpaired"
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_a_single_run_is_compared_with_the_run_of_its_seed() -> None:
     ],
 )
 def test_long_numbers_are_rounded_where_that_leaves_them_apart(values: list[str], shown: list[str]) -> None:
-    assert list(rounded(pd.Series(values))) == shown
+    assert list(round_long_numbers(pd.Series(values))) == shown
 
 
 def test_equal_differences_are_no_certainty() -> None:
-    found = difference(scores([94.1, 95.2], [0, 1]), scores([95.77, 96.87], [0, 1]))
+    found = mean_difference(scores([94.1, 95.2], [0, 1]), scores([95.77, 96.87], [0, 1]))
     assert found.mean == pytest.approx(-1.67)
     assert math.isnan(found.low)
     assert math.isnan(found.high)
@@ -86,7 +86,7 @@ def test_the_interval_covers_the_true_difference_in_95_of_100_experiments() -> N
     covered = 0
     for _ in range(2000):
         theirs = random.normal(size=3)
-        found = difference(pd.Series(theirs + random.normal(0.7, 0.5, 3)), pd.Series(theirs))
+        found = mean_difference(pd.Series(theirs + random.normal(0.7, 0.5, 3)), pd.Series(theirs))
         covered += found.low < 0.7 < found.high
     assert 0.935 < covered / 2000 < 0.965
 
@@ -98,7 +98,7 @@ def run(method: str, **changes: str) -> dict[str, str]:
 
 
 def columns(*settings: dict[str, str]) -> list[str]:
-    return list(varying(pd.DataFrame(settings).fillna("")).values())
+    return list(varying_settings(pd.DataFrame(settings).fillna("")).values())
 
 
 def test_a_setting_that_varies_within_a_method_is_a_column_and_others_are_not() -> None:
@@ -127,7 +127,7 @@ def test_a_setting_that_some_runs_have_not_is_a_column_where_nothing_else_tells_
 def test_usual_is_what_the_option_file_has_or_else_what_most_runs_have() -> None:
     def ramp(*epochs: str) -> str:
         rows = pd.DataFrame({"method": "okddip", "method.ramp_epochs": epochs})
-        return usual_settings(rows)["method.ramp_epochs"]
+        return reference_settings(rows)["method.ramp_epochs"]
 
     assert ramp("0.27", "0.27", "80") == "80"
     assert ramp("0.27", "0.27", "0") == "0.27"
@@ -137,18 +137,20 @@ def test_usual_is_what_the_option_file_has_or_else_what_most_runs_have() -> None
 def test_ablations_share_a_column_that_says_what_is_not_the_option_files() -> None:
     ours = pd.Series({"method": "okddip", "method.leader": "true", "method.attention": "false"})
     usual = option("method", "okddip")
-    assert changed(ours, usual, ["method.leader", "method.attention"]) == {"method.attention": "false"}
-    assert ablation("okddip", {"method.attention": "false"}) == "no_attention"
-    assert ablation("okddip", {"method.attention": "false", "method.leader": "false"}) == ""
-    assert ablation("okddip", {}) == "full"
+    assert changed_settings(ours, usual, ["method.leader", "method.attention"]) == {
+        "method.attention": "false"
+    }
+    assert ablation_name("okddip", {"method.attention": "false"}) == "no_attention"
+    assert ablation_name("okddip", {"method.attention": "false", "method.leader": "false"}) == ""
+    assert ablation_name("okddip", {}) == "full"
     # peers stand in a column of their own: else a count would leave the line of its ablation in the figure
-    assert ablation("okddip", {"method.peers": "3"}) == "full"
-    assert ablation("okddip", {"method.peers": "3", "method.structure": "network"}) == "networks"
-    assert ablation("one", {}) == ""
+    assert ablation_name("okddip", {"method.peers": "3"}) == "full"
+    assert ablation_name("okddip", {"method.peers": "3", "method.structure": "network"}) == "networks"
+    assert ablation_name("one", {}) == ""
     theirs = pd.Series({"method": "mine", "method.leader": "", "method.weight": "0.5"})
-    assert changed(theirs, {}, ["method.leader", "method.weight"]) == {"method.weight": "0.5"}
+    assert changed_settings(theirs, {}, ["method.leader", "method.weight"]) == {"method.weight": "0.5"}
     shared = pd.Series({"method": "kd", "method.teacher_model": "null", "method.alpha": "1"})
-    assert changed(shared, option("method", "kd"), ["method.teacher_model", "method.alpha"]) == {}
+    assert changed_settings(shared, option("method", "kd"), ["method.teacher_model", "method.alpha"]) == {}
 
 
 def test_short_names_are_as_long_as_they_must_be() -> None:

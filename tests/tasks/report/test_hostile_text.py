@@ -98,7 +98,9 @@ def report(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Report:
     save = Figure.savefig
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", savefig)
-        folder = make(client, runs.find(client, uri, "okddip"), tmp_path_factory.mktemp("report"), parent)
+        folder = make(
+            client, runs.find_runs(client, uri, "okddip"), tmp_path_factory.mktemp("report"), parent
+        )
     return Report(folder, texts, formulas, client.get_run(parent).data.tags["mlflow.note.content"])
 
 

@@ -55,14 +55,14 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def folder(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report on all of them."""
     client = open_store(uri)
-    return make(client, runs.find(client, uri, "compare"), tmp_path_factory.mktemp("report"))
+    return make(client, runs.find_runs(client, uri, "compare"), tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture
 def drawn(uri: str) -> Iterator[dict[str, Figure]]:
     """The figures of CIFAR-10, to look into."""
     client = open_store(uri)
-    chosen, _ = runs.comparable(runs.find(client, uri, "compare"))
+    chosen, _ = runs.finished_runs(runs.find_runs(client, uri, "compare"))
     cifar10, _ = compare(chosen)
 
     def history(run: mlflow.entities.Run, metric: str) -> pd.Series:
@@ -108,7 +108,7 @@ def test_ablations_are_named_and_compared_with_the_whole_method(tmp_path: Path, 
         add_runs(client, experiment, *okddip, f"ablation={name}", last=last, **two)
     twice = ("method.attention=false", "method.leader=false")
     add_runs(client, experiment, *okddip, *twice, last=[91, 91], **two)
-    folder = make(client, runs.find(client, uri, "ablations"), tmp_path / "report")
+    folder = make(client, runs.find_runs(client, uri, "ablations"), tmp_path / "report")
     text = (folder / "table.txt").read_text()
     rows = {line.split("  2  ")[0].split()[-1]: line for line in text.splitlines()[4:9]}
     assert rows.keys() == {"full", "no_attention", "networks", "no_ramp", "attention=false"}
@@ -123,11 +123,11 @@ def test_ablations_are_named_and_compared_with_the_whole_method(tmp_path: Path, 
 
     add_runs(client, experiment, *okddip, "method.peers=3", last=[93, 93], **two)
     add_runs(client, experiment, *okddip, "dataset.validation=0.1", last=[92, 92], **two)
-    [comparison] = compare(runs.comparable(runs.find(client, uri, "ablations"))[0])
+    [comparison] = compare(runs.finished_runs(runs.find_runs(client, uri, "ablations"))[0])
     drawn = figures.draw(comparison, "resnet32", lambda run, metric: pd.Series([1.0, 1.0], [1, 2]))
     [line, *_] = drawn["peers"].axes[0].lines
     assert list(line.get_xdata()) == [3, 4]
-    assert "where validation is 0, chosen on the test set itself" in tables.notes(comparison)[0]
+    assert "where validation is 0, chosen on the test set itself" in tables.footer(comparison)[0]
 
 
 def test_image_folders_are_told_apart_by_their_images_and_not_by_their_place(tmp_path: Path) -> None:
@@ -150,7 +150,9 @@ def test_image_folders_are_told_apart_by_their_images_and_not_by_their_place(tmp
     add("drawings", "dddddddd", "dataset.image_size=16")  # the same, scaled
     names = {
         name: len(members)
-        for name, members in runs.by_dataset(runs.comparable(runs.find(client, uri, "folders"))[0]).items()
+        for name, members in runs.group_by_dataset(
+            runs.finished_runs(runs.find_runs(client, uri, "folders"))[0]
+        ).items()
     }
     assert names == {
         "image_folder photos": 2,
@@ -174,7 +176,7 @@ def test_teachers_are_compared_by_what_they_are_and_not_by_where(tmp_path: Path)
         )
 
     def rows(column: str) -> dict[str, str]:
-        [comparison] = compare(runs.comparable(runs.find(client, uri, "teachers"))[0])
+        [comparison] = compare(runs.finished_runs(runs.find_runs(client, uri, "teachers"))[0])
         return {
             group.values.get(column, ""): " ".join(map(str, group.scores.index))
             for group in comparison.groups
@@ -298,15 +300,15 @@ def test_attention_has_a_matrix_for_each_seed_and_chosen_epoch(drawn: dict[str, 
 def test_drawing_leaves_the_settings_of_matplotlib_as_they_were(uri: str, tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     client = open_store(uri)
-    make(client, runs.find(client, uri, "compare", where="tags.method = 'dml'"), tmp_path)
+    make(client, runs.find_runs(client, uri, "compare", where="tags.method = 'dml'"), tmp_path)
     assert dict(matplotlib.rcParams) == before
 
 
 def test_a_parent_run_gets_the_report_as_artifacts(uri: str, tmp_path: Path) -> None:
     client = MlflowClient(uri)
-    found = runs.find(client, uri, "compare", sweep="night")
+    found = runs.find_runs(client, uri, "compare", sweep="night")
     [parent] = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
-    children = runs.find(client, uri, "compare", sweep=parent.info.run_id)
+    children = runs.find_runs(client, uri, "compare", sweep=parent.info.run_id)
     assert {run.info.run_id for run in children} == {run.info.run_id for run in found if run is not parent}
     make(client, found, tmp_path / "report", parent.info.run_id)
     logged = {Path(file.path).name for file in client.list_artifacts(parent.info.run_id, "report")}
@@ -319,7 +321,7 @@ def test_the_description_of_a_parent_run_has_the_report_below_what_people_wrote(
     uri: str, tmp_path: Path
 ) -> None:
     client = MlflowClient(uri)
-    found = runs.find(client, uri, "compare", sweep="night")
+    found = runs.find_runs(client, uri, "compare", sweep="night")
     [parent] = [run.info.run_id for run in found if "mlflow.parentRunId" not in run.data.tags]
     client.set_tag(parent, "mlflow.note.content", "The night shift.\n\n### Report\n\nold")
     for name in ("first", "second"):
@@ -338,7 +340,7 @@ def test_evaluations_and_benchmarks_are_no_unfinished_runs(tmp_path: Path) -> No
     add_runs(client, experiment_id, "method=okddip", last=[93], seeds=[0])
     for tags in ({"kind": "evaluation"}, {"task": "benchmark"}):
         add_runs(client, experiment_id, "method=okddip", last=[1], seeds=[0], status="FAILED", tags=tags)
-    chosen, left_out = runs.comparable(runs.find(client, uri, "other"))
+    chosen, left_out = runs.finished_runs(runs.find_runs(client, uri, "other"))
     assert len(chosen) == 1
     assert left_out == ""
 
@@ -353,7 +355,7 @@ def test_a_filter_asks_for_the_settings_that_a_run_has_now(tmp_path: Path) -> No
     add_runs(client, experiment_id, "method=okddip", last=[92], seeds=[1])
 
     def seeds(where: str) -> list[str]:
-        return sorted(runs.seed(run) for run in runs.find(client, uri, "longer", where=where))
+        return sorted(runs.seed(run) for run in runs.find_runs(client, uri, "longer", where=where))
 
     assert seeds("params.`trainer.epochs` = '20'") == ["0"]
     assert seeds(f"params.`trainer.epochs` = '{EPOCHS}'") == ["1"]
@@ -393,7 +395,7 @@ def test_numbers_are_rounded_for_readers_and_not_in_the_csv_file(tmp_path: Path)
     experiment = client.create_experiment("drawn")
     for rate in ("0.0123456789012", "0.1"):
         add_runs(client, experiment, "method=one", f"optimizer.lr={rate}", last=[90], seeds=[0])
-    tables.write(compare(runs.comparable(runs.find(client, uri, "drawn"))[0]), "", tmp_path)
+    tables.write_tables(compare(runs.finished_runs(runs.find_runs(client, uri, "drawn"))[0]), "", tmp_path)
     assert "one     0.01235  1" in (tmp_path / "table.txt").read_text()
     assert "0.0123456789012" in (tmp_path / "table.csv").read_text()
 
@@ -412,7 +414,7 @@ def test_a_report_is_whole_however_long_the_path_of_the_images_is(tmp_path: Path
     experiment = client.create_experiment("deep")
     root = "/".join(["a_folder_within_a_folder"] * 20)
     add_runs(client, experiment, "dataset=image_folder", f"dataset.root={root}", last=[90], seeds=[0])
-    folder = make(client, runs.find(client, uri, "deep"), tmp_path / "report")
+    folder = make(client, runs.find_runs(client, uri, "deep"), tmp_path / "report")
     assert len(list(folder.glob("accuracy-image_folder*.png"))) == 1
 
 

@@ -18,26 +18,27 @@ from omegaconf.errors import OmegaConfBaseException
 from okddip.errors import ConfigError
 from okddip.older_versions import updated
 from okddip.plain_data import plain
+from okddip.tasks.report.runs import LENGTHS
 from okddip.text import for_shell, for_shell_word, okddip_command
 from okddip.trust import PARTS, Trust
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-SWITCHES = ("trainer.resume", "trainer.rerun")  # how a run was continued is no part of what it is
+SWITCHES = ("trainer.resume", "trainer.rerun")  # how a run was resumed makes it no other run
 UNNAMED_GROUPS = ("optimizer", "scheduler", "trainer", "tracking")  # `options` names the others
-BARE = re.compile(r"[A-Za-z_./][\w./:\-]*")  # strings that Hydra takes without quotes
+UNQUOTED = re.compile(r"[A-Za-z_./][\w./:\-]*")  # strings that Hydra takes without quotes
 NOT_STRINGS = ("null", "true", "false", "inf", "nan")
 ABSENT = object()
 
 
-def reproduce(client: "MlflowClient", run_id: str, trust: Trust) -> str:
+def reproducing_command(client: "MlflowClient", run_id: str, trust: Trust) -> str:
     """The command line of a run, below a line on the run itself.
 
     The command of a sweep's job is not the one that was typed, so the overrides are found anew: the options
     of the groups, then each value that still differs, until the composed configuration equals the
-    `config.yaml` of the run. Composes as the program that runs now does. A run that was made longer takes a
-    command for each length, if it is no run that could have been begun so long. The parent of a sweep has the
+    `config.yaml` of the run. Composes as the program that runs now does. The parent of a sweep has the
     command that was typed.
 
     Each line is a comment or calls this program and nothing else, whoever wrote to the store.
@@ -48,9 +49,9 @@ def reproduce(client: "MlflowClient", run_id: str, trust: Trust) -> str:
         trust: what the configuration in the store may name.
 
     Raises:
-        ConfigError: there is no such run, it keeps no configuration, an option file of it is not there, what
-            stands as the command of a sweep calls something else, or the configuration names parts that are
-            not trusted: somebody who pastes the command would run them.
+        ConfigError: there is no such run, it has no configuration, or one that does not compose here; what is
+            stored as the command of a sweep calls something else; or the configuration names parts that are
+            not trusted, which somebody who pastes the command would run.
     """
     from mlflow.exceptions import MlflowException
 
@@ -60,49 +61,68 @@ def reproduce(client: "MlflowClient", run_id: str, trust: Trust) -> str:
     except MlflowException as error:
         raise ConfigError(f"report.run={run_id}: {str(error.message).strip()}.") from None
     typed = okddip_command(run.data.tags.get("command", ""))
-    commit = run.data.tags.get("mlflow.source.git.commit")
-    # quoted, since zsh knows no comments at its prompt
-    about = f"# {for_shell_word(str(run.info.run_name))}, {for_shell_word(run_id)}"
-    if commit:
-        about += f", commit {for_shell_word(commit)}"
-    if changed := run.data.tags.get("uncommitted"):
-        about += f" with uncommitted changes in {for_shell(changed.split())}"
     if run.data.tags.get("kind") == "sweep":
         if typed is None:
             raise ConfigError(
                 f"report.run={run_id}: what the store has as the command of this sweep is no call of okddip"
                 " with overrides. Its child runs have commands of their own."
             )
-        return f"{about}\n{for_shell(typed)}"  # all of its jobs
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for one small file
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            text = Path(client.download_artifacts(run_id, "config.yaml", folder)).read_text(encoding="utf-8")
-    except (MlflowException, OSError):
-        known = f" It was started with: {for_shell(typed)}" if typed else ""
-        raise ConfigError(f"report.run={run_id}: this run keeps no config.yaml.{known}") from None
-    wanted = configuration(text, f"report.run={run_id}: config.yaml")
-    lengths = [int(length) for length in run.data.tags.get("lengths", "").split() if length.isdecimal()]
+        return f"{comment(run)}\n{for_shell(typed)}"  # all of its jobs
+    if run.data.tags.get(LENGTHS):
+        raise ConfigError(
+            f"report.run={run_id}: an older version lengthened this run, although its learning rate or ramp"
+            " depend on its length, so no single command reproduces it."
+        )
+    wanted = stored_configuration(client, run_id, typed)
     folders = config_folders(typed or [])
-    folder = f"outputs/{wanted.get('name')}/as-{run_id[:8]}"
-    commands: list[str] = []
     try:
-        for epochs in [*lengths, wanted["trainer"]["epochs"]]:
-            so_long = {**wanted, "trainer": {**wanted["trainer"], "epochs": epochs}}
-            arguments = [*folders, *overrides(so_long)]
-            if lengths:
-                place = "trainer.resume" if commands else "hydra.run.dir"
-                arguments.append(f"{place}={as_override(folder)}")
-            commands.append(for_shell(["okddip", *arguments]))
+        command = for_shell(["okddip", *folders, *find_overrides(wanted)])
     except (HydraException, OmegaConfBaseException) as error:
         hint = f" It was started with {for_shell(folders)}: give that here too." if folders else ""
         raise ConfigError(f"report.run={run_id}: cannot be composed here. {error}{hint}") from None
     trust.check(wanted, f"report.run={run_id}: config.yaml")  # a command that names code runs it
-    return "\n".join([about, *commands])
+    return f"{comment(run)}\n{command}"
 
 
-def configuration(text: str, source: str) -> dict[str, Any]:
-    """The configuration of a run in a store, which others may have written: plain, with a run's groups.
+def comment(run: "Run") -> str:
+    """The line on a run: its name, its ID, and the code that it was trained with."""
+    # quoted, since zsh knows no comments at its prompt
+    line = f"# {for_shell_word(str(run.info.run_name))}, {for_shell_word(run.info.run_id)}"
+    if commit := run.data.tags.get("mlflow.source.git.commit"):
+        line += f", commit {for_shell_word(commit)}"
+    if changed := run.data.tags.get("uncommitted"):
+        line += f" with uncommitted changes in {for_shell(changed.split())}"
+    return line
+
+
+def stored_configuration(client: "MlflowClient", run_id: str, typed: list[str] | None) -> dict[str, Any]:
+    """The configuration of a run in a store.
+
+    Args:
+        client: of the store.
+        run_id: of the run.
+        typed: the command that started it, if the store has it, for messages.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    from mlflow.exceptions import MlflowException
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for one small file
+    source = f"report.run={run_id}: config.yaml"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            text = Path(client.download_artifacts(run_id, "config.yaml", folder)).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: cannot be read ({error}).") from None
+    except (MlflowException, OSError):
+        known = f" It was started with: {for_shell(typed)}" if typed else ""
+        raise ConfigError(f"report.run={run_id}: this run keeps no config.yaml.{known}") from None
+    return parse_configuration(text, source)
+
+
+def parse_configuration(text: str, source: str) -> dict[str, Any]:
+    """The configuration of a run, which anybody may have written: plain data, with the groups of a run.
 
     Raises:
         ConfigError: it is none.
@@ -112,35 +132,40 @@ def configuration(text: str, source: str) -> dict[str, Any]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise ConfigError(f"{source}: holds YAML aliases, as no run writes them.")
         content = OmegaConf.to_container(OmegaConf.create(text))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:  # there is hardly one that a tag such as !!int cannot raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{source}: cannot be read ({reason}).") from None
     wanted = plain(content, "", source)
-    groups = (*PARTS, "options")
+    groups = (*PARTS, "tracking", "options")
     if not isinstance(wanted, dict) or not all(isinstance(wanted.get(group), dict) for group in groups):
-        raise ConfigError(f"{source}: is no configuration of a run of this program.")
-    if any(".." in str(option).split("/") for option in wanted["options"].values()):
-        raise ConfigError(f"{source}: names an option outside of the folders of options.")
+        raise ConfigError(f"{source}: is not the configuration of a run of this program.")
+    for group, option in wanted["options"].items():
+        if not isinstance(option, str):
+            raise ConfigError(f"{source}: options.{group}={option}: must be the name of an option.")
+        if ".." in option.split("/"):
+            raise ConfigError(f"{source}: names an option outside of the folders of options.")
     wanted = updated(wanted)
     wanted.setdefault("trust", [])  # of a run before there was such a key
     return wanted
 
 
-def overrides(wanted: Mapping[str, Any]) -> list[str]:
+def find_overrides(wanted: Mapping[str, Any]) -> list[str]:
     """Overrides of the default configuration that compose to `wanted`, apart from `SWITCHES`.
 
     Raises:
         ConfigError: there are none.
         HydraException: an option that `wanted` names is not there.
     """
-    defaults = composed([])["options"]
-    chosen = [f"{group}={option}" for group, option in wanted["options"].items() if option != defaults[group]]
+    defaults = compose_resolved([])["options"]
+    chosen = [
+        f"{group}={option}" for group, option in wanted["options"].items() if option != defaults.get(group)
+    ]
     for group in UNNAMED_GROUPS:
         chosen += option_with_target(group, wanted, chosen)
     while True:
-        different = sorted(differences(wanted, composed(chosen)), key=importance)
+        different = sorted(differences(wanted, compose_resolved(chosen)), key=depth)
         if not different:
             return chosen
         key, sign, value = different[0]
@@ -150,7 +175,7 @@ def overrides(wanted: Mapping[str, Any]) -> list[str]:
         chosen.append(override)
 
 
-def importance(difference: tuple[str, str, Any]) -> tuple[bool, int]:
+def depth(difference: tuple[str, str, Any]) -> tuple[bool, int]:
     """Upper keys first: lower ones refer to them. The name follows from all."""
     key = difference[0]
     return key == "name", key.count(".")
@@ -159,15 +184,15 @@ def importance(difference: tuple[str, str, Any]) -> tuple[bool, int]:
 def option_with_target(group: str, wanted: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
     """The override that chooses the option of a group with the wanted `_target_`, if another is chosen."""
     target = wanted[group].get("_target_")
-    if composed(chosen)[group].get("_target_") == target:
+    if compose_resolved(chosen)[group].get("_target_") == target:
         return []
     for option in GlobalHydra.instance().config_loader().get_group_options(group):
-        if composed([*chosen, f"{group}={option}"])[group].get("_target_") == target:
+        if compose_resolved([*chosen, f"{group}={option}"])[group].get("_target_") == target:
             return [f"{group}={option}"]
     return []
 
 
-def composed(arguments: Sequence[str]) -> dict[str, Any]:
+def compose_resolved(arguments: Sequence[str]) -> dict[str, Any]:
     """The resolved configuration that overrides compose to, in the program as it runs."""
     hydra = HydraConfig.instance()
     before = hydra.cfg
@@ -204,7 +229,7 @@ def as_override(value: Any) -> str:
         return "[" + ",".join(map(as_override, value)) + "]"
     if not isinstance(value, str):
         return repr(value)
-    if BARE.fullmatch(value) and value.lower() not in NOT_STRINGS:
+    if UNQUOTED.fullmatch(value) and value.lower() not in NOT_STRINGS:
         return value
     # a backslash counts for two before a quote alone
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
