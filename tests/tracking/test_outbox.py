@@ -18,8 +18,9 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from test_tracking import free_port, mlflow_server
 
 from okddip.tracking import outbox
-from okddip.tracking import tracker as tracking
-from okddip.tracking.tracker import DatasetSplit, MLflow, open_store
+from okddip.tracking.store import open_store
+from okddip.tracking.tracker import DatasetSplit, MLflow
+from okddip.tracking.unsent import unsent_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("dataset=digits", "model=resnet8", "method=baseline", "trainer.epochs=2", "trainer.limit_batches=1")
@@ -74,18 +75,18 @@ def test_what_a_run_could_not_send_at_its_end_is_sent_by_the_next_command(
     store_away.undo()
     kept = folder / f"unsent-{tracker.run_id}.json"
     assert f"It is kept in {kept}; the next command" in caplog.text
-    assert tracker._client.get_run(tracker.run_id).info.status == "RUNNING"
+    assert tracker.store.client.get_run(tracker.run_id).info.status == "RUNNING"
 
     assert status(uri, tracker.run_id) == "FINISHED"
-    run = tracker._client.get_run(tracker.run_id)
+    run = tracker.store.client.get_run(tracker.run_id)
     assert before <= run.info.end_time <= after
     assert run.data.tags["note"] == "a tag"
     assert run.data.metrics["test/top1"] == 9.5
-    points = tracker._client.get_metric_history(tracker.run_id, "train/loss")
+    points = tracker.store.client.get_metric_history(tracker.run_id, "train/loss")
     assert [(point.step, point.timestamp) for point in points] == [(0, 1000), (1, 2000)]
     [used] = run.inputs.dataset_inputs
     assert (used.dataset.digest, used.tags[0].value) == ("0123", "train")
-    assert "best.pt" in {file.path for file in tracker._client.list_artifacts(tracker.run_id)}
+    assert "best.pt" in {file.path for file in tracker.store.client.list_artifacts(tracker.run_id)}
     assert not kept.exists()
 
 
@@ -100,7 +101,7 @@ def test_a_file_that_is_gone_since_holds_up_nothing_else(
     store_away.undo()
     (tmp_path / "run" / "best.pt").unlink()
     assert status(uri, tracker.run_id) == "FAILED"
-    assert f"MLflow run {tracker.run_id} cannot be told of best.pt" in caplog.text
+    assert f"MLflow run {tracker.run_id} cannot get best.pt" in caplog.text
 
 
 def test_a_run_that_goes_on_is_not_ended_by_what_it_could_not_send(uri: str, tmp_path: Path) -> None:
@@ -109,14 +110,14 @@ def test_a_run_that_goes_on_is_not_ended_by_what_it_could_not_send(uri: str, tmp
     store_away = away()
     tracker.finish("KILLED")
     store_away.undo()
-    assert outbox.kept(folder, tracker.run_id).exists()
+    assert unsent_file(folder, tracker.run_id).exists()
     with FileLock(folder / "run.lock"):  # as a run that is taken up does, before it opens the store
         again = MLflow(uri, "first")
         again.open()
         again.start("run", {}, {"folder": str(folder)}, "", "okddip", run_id=tracker.run_id)
         assert status(uri, tracker.run_id) == "RUNNING"
     assert status(uri, tracker.run_id) == "KILLED"  # its process is gone; and nothing old is sent
-    assert not outbox.kept(folder, tracker.run_id).exists()
+    assert not unsent_file(folder, tracker.run_id).exists()
 
 
 def test_a_run_that_was_killed_outright_is_ended_and_one_that_lives_or_is_elsewhere_is_not(
@@ -141,7 +142,7 @@ def test_a_damaged_note_of_what_is_unsent_keeps_no_command_from_the_store(
     uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = begin(uri, tmp_path / "run")
-    outbox.kept(tmp_path / "run", tracker.run_id).write_text('[["status", "end"')
+    unsent_file(tmp_path / "run", tracker.run_id).write_text('[["status", "end"')
     assert status(uri, tracker.run_id) == "RUNNING"
     assert f"MLflow run {tracker.run_id} is over, and still called running" in caplog.text
 
@@ -177,16 +178,16 @@ def test_a_run_whose_server_is_away_at_its_end_is_finished_by_the_next_command(
 ) -> None:
     port = free_port()
     server = f"tracking.uri=http://127.0.0.1:{port}"
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
+    monkeypatch.setattr(outbox, "FINISH_SECONDS", 1.0)
     with mlflow_server(tmp_path, port) as process:
-        part = tracking.MLflow.log
+        part = MLflow.log
 
         def last_epoch(self: MLflow, metrics: dict[str, float], epoch: int, *rest: int) -> None:
             if epoch == 1:
                 os.killpg(process.pid, signal.SIGKILL)
             part(self, metrics, epoch, *rest)
 
-        monkeypatch.setattr(tracking.MLflow, "log", last_epoch)
+        monkeypatch.setattr(MLflow, "log", last_epoch)
         answer = okddip(*SMALL, server)
         monkeypatch.undo()
     assert answer.code == 0, answer.err

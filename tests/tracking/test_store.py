@@ -20,8 +20,9 @@ from sqlalchemy import Engine, NullPool, create_engine, event
 
 from okddip.errors import ConfigError
 from okddip.signals import stop_on_signals
-from okddip.tracking import store
-from okddip.tracking.tracker import MLflow, open_store
+from okddip.tracking import sqlite
+from okddip.tracking.store import open_store
+from okddip.tracking.tracker import MLflow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = ("experiment=quickstart", "trainer.epochs=1", "trainer.limit_batches=1")
@@ -130,7 +131,7 @@ def test_a_run_stopped_at_any_moment_of_a_new_store_goes_on(tmp_path: Path) -> N
 
 
 def test_a_new_store_knows_nothing_of_the_name_under_which_it_was_made(whole_store: Path) -> None:
-    assert store.NEW.encode() not in whole_store.read_bytes()
+    assert sqlite.NEW.encode() not in whole_store.read_bytes()
     places = {each.artifact_location for each in open_store(f"sqlite:///{whole_store}").search_experiments()}
     assert f"file://{whole_store.parent}/mlartifacts" in places
 
