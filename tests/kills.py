@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 from mlflow import MlflowClient
-from test_tracking import free_port, mlflow_server
+from mlflow_stores import free_port, mlflow_server
 
 from okddip.run.folder import read_metadata, read_metrics
-from okddip.tracking.outbox import LOCK
+from okddip.tracking.unsent import LOCK
 from okddip.tracking.tracker import MLflow
 from okddip.training import checkpoint
 

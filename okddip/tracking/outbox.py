@@ -30,11 +30,18 @@ class Queue(deque[Request]):
 
 
 class Outbox:
-    """What a run has to send: requests, and files, for which nothing else waits."""
+    """What a run has to send: requests, and files, for which nothing else waits.
 
-    def __init__(self, store: Store, run_id: str) -> None:
+    Args:
+        store: gets it.
+        run_id: of the run.
+        folder: of the run; keeps what is unsent at the end.
+    """
+
+    def __init__(self, store: Store, run_id: str, folder: Path | None) -> None:
         self.store = store
         self.run_id = run_id
+        self.folder = folder
         self.requests = Queue()
         self.files = Queue()
 
@@ -75,8 +82,8 @@ class Outbox:
             queue.popleft()
         return not queue
 
-    def finish(self, status: str, timestamp_ms: int, folder: Path | None) -> None:
-        """End the run, after a last attempt to send what is unsent. What still is goes to a file in `folder`.
+    def finish(self, status: str, timestamp_ms: int) -> None:
+        """End the run, after a last attempt to send what is unsent.
 
         If the run is killed, that takes seconds at most, and files are left to the run that is resumed.
         """
@@ -94,14 +101,14 @@ class Outbox:
             if answers:  # whatever has become of the files
                 self.flush(self.requests, FINISH_SECONDS, ANSWER_SECONDS)
         if self.requests or self.files:
-            self.keep_unsent(folder)
+            self.keep_unsent()
 
-    def keep_unsent(self, folder: Path | None) -> None:
+    def keep_unsent(self) -> None:
         """Leave the end of the run, with what else is unsent, to the next command."""
         unsent, kept = [*self.requests, *self.files], ""
-        if folder is not None and self.requests:  # a run that has its end is not looked for
+        if self.folder is not None and self.requests:  # a run that has its end is not looked for
             try:
-                path = save_unsent(folder, self.run_id, unsent)
+                path = save_unsent(self.folder, self.run_id, unsent)
                 kept = (
                     f" It is kept in {path}; the next command on this machine that opens this store sends it."
                 )

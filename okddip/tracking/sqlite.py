@@ -111,8 +111,8 @@ def check_tables(engine: "Engine", tables: set[str]) -> None:
         )
     raise ConfigError(
         f"tracking.uri={where}: this store is half made, or of another version of MLflow than"
-        f" {mlflow.__version__} (its tables are of revision {found}, not {wanted}). If it has no runs yet, its"
-        f" making was stopped and nothing is lost: remove {file}, and give the command again. If it was made"
-        f" by an older MLflow: copy it, then `mlflow db upgrade {where}`, and do not stop that. If by a newer"
-        " one: install that."
+        f" {mlflow.__version__} (its tables are of revision {found}, not {wanted}). If it has no runs yet,"
+        f" its making was stopped and nothing is lost: remove {file}, and give the command again. If an older"
+        f" MLflow made it: copy it, then `mlflow db upgrade {where}`, and do not stop that. If a newer one:"
+        " install that."
     )

@@ -62,7 +62,6 @@ class MLflow:
         self.system_metrics = system_metrics
         self.run_id = ""
         self._outbox: Outbox | None = None  # of the run
-        self._folder: Path | None = None  # of the run
         self._latest = 0  # of the run's times, in milliseconds since 1970
         self._monitor: SystemMetricsMonitor | None = None
 
@@ -129,25 +128,25 @@ class MLflow:
         flat, tags = flatten(params), {**source_tags(), **tags, "command": command}
         resumed = None if run_id is None else self._resume_run(run_id, store, anew)
         run = resumed or self._create_run(name, tags)
+        folder = Path(tags["folder"]) if "folder" in tags else None
+        self._outbox = Outbox(self.store, run.info.run_id, folder)
         self.run_id = run.info.run_id
         self._latest = max(run.info.start_time, run.info.end_time or 0)
-        self._outbox = Outbox(self.store, self.run_id)
         self._send("params", "params", [item for item in flat.items() if item[0] not in run.data.params])
         if resumed is not None:
             known = params_of(resumed)
             changed = {RESUMED + key: text for key, text in flat.items() if known.get(key, text) != text}
             self.set_tags({**tags, **changed})
-        if "folder" in tags:
-            self._folder = Path(tags["folder"])
-            unsent_file(self._folder, self.run_id).unlink(missing_ok=True)  # a resumed run sends all again
+        if folder is not None:
+            unsent_file(folder, self.run_id).unlink(missing_ok=True)  # a resumed run sends all again
         self._send("config.yaml", "text", (config_yaml, "config.yaml"))
         self._send("command.txt", "text", (command + "\n", "command.txt"))
         return self.run_id
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> "Run":
         create, experiment = self.store.client.create_run, self.store.experiment_id
-        # names of this length are what databases other than SQLite take
-        return self.store.ask(create, experiment, run_name=name[:MAX_KEY_LENGTH], tags=valid_tags(tags))
+        name = name[:MAX_KEY_LENGTH]  # what databases other than SQLite take
+        return self.store.ask(create, experiment, run_name=name, tags=valid_tags(tags))
 
     def _resume_run(self, run_id: str, store: str | None, anew: bool) -> "Run | None":
         """The run, called running again. None if a new one takes its place.
@@ -169,8 +168,8 @@ class MLflow:
                 begun = f" It was begun in tracking.uri={store}." if store not in (None, here) else ""
                 raise ConfigError(
                     f"MLflow run {run_id}: cannot be resumed in tracking.uri={self.uri}"
-                    f" ({first_line(error)}).{begun} With tracking=none training goes on without MLflow, which"
-                    " can get all epochs later."
+                    f" ({first_line(error)}).{begun} With tracking=none training goes on without MLflow,"
+                    " which can get all epochs later."
                 ) from error
         logger.warning(
             "MLflow run %s is not, or no longer, in tracking.experiment=%s of %s: a new run gets all epochs.",
@@ -220,7 +219,7 @@ class MLflow:
                 call_within(SEND_SECONDS, self._monitor.finish)
             self._monitor = None
         if self._outbox is not None:
-            self._outbox.finish(status, self._now(), self._folder)
+            self._outbox.finish(status, self._now())
 
     def _now(self) -> int:
         """Milliseconds since 1970; never before a time that the run has, maybe of another clock."""
@@ -244,12 +243,11 @@ class NoTracking:
     checkpoints = False
     run_id = ""
 
-    def _do_nothing(self, *_: Any, **__: Any) -> None:
+    def _nothing(self, *_: Any, **__: Any) -> None:
         pass
 
-    open = finish_ended_runs = log = log_artifact = log_datasets = watch_system = set_tags = finish = (
-        _do_nothing
-    )
+    open = finish_ended_runs = _nothing
+    log = log_artifact = log_datasets = set_tags = watch_system = finish = _nothing
 
     def start(self, *_: Any, **__: Any) -> str:
         """Return an empty run ID."""
