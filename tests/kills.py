@@ -27,8 +27,8 @@ from mlflow import MlflowClient
 from mlflow_stores import free_port, mlflow_server
 
 from okddip.run.folder import read_metadata, read_metrics
-from okddip.tracking.unsent import LOCK
 from okddip.tracking.tracker import MLflow
+from okddip.tracking.unsent import LOCK
 from okddip.training import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
