@@ -22,6 +22,8 @@ from okddip.assembly import CONFIG_HOME, make
 from okddip.main import cli
 from okddip.methods.base import Method
 
+pytest_plugins = "mlflow_stores"
+
 # the suite's numbers must not depend on a store or a cache that the developer has
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 

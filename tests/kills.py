@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 from mlflow import MlflowClient
-from test_tracking import free_port, mlflow_server
+from mlflow_stores import free_port, mlflow_server
 
 from okddip.run.folder import RunFolder
-from okddip.tracking.outbox import LOCK
 from okddip.tracking.tracker import MLflow
+from okddip.tracking.unsent import LOCK
 from okddip.training import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from okddip import distributed
 from okddip.errors import ConfigError
 from okddip.files import write_text
 from okddip.run.identity import run_identity
-from okddip.tracking.outbox import RUN_LOCK
+from okddip.tracking.unsent import RUN_LOCK
 from okddip.training import checkpoint
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ def find_checkpoint(key: str, reference: str, tracking_uri: str | None) -> Path:
     from mlflow.exceptions import MlflowException
 
     from okddip.tracking.address import absolute_uri
-    from okddip.tracking.tracker import open_store
+    from okddip.tracking.store import open_store
 
     open_store(tracking_uri)
     run_id, _, name = reference.removeprefix("runs:/").partition("/")

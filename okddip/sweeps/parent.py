@@ -28,7 +28,7 @@ from okddip.sweeps.job import TRAIN
 from okddip.sweeps.joblib import PATIENCE
 from okddip.sweeps.outcomes import Outcome
 from okddip.text import for_markdown
-from okddip.tracking.outbox import LOCK
+from okddip.tracking.unsent import LOCK
 
 if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
     from okddip.tracking.tracker import MLflow, NoTracking

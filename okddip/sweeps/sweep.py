@@ -224,7 +224,8 @@ def write_report(sweep: Sweep, parent: str, finished_before: list[str], report: 
         finished_before: IDs of the runs that were not trained again; they may be of another sweep.
         report: takes MLflow's client, the runs, a folder to write to and the ID of the parent run.
     """
-    from okddip.tracking.tracker import MLflow, open_store
+    from okddip.tracking.store import open_store
+    from okddip.tracking.tracker import MLflow
     from okddip.tracking.waiting import InterruptibleClient
 
     assert isinstance(sweep.tracker, MLflow)

@@ -2,10 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
-    pass
 
 ALLOWED_URIS = (
     "sqlite:///FILE in a folder that exists and can be written, the address of a running MLflow server "
@@ -28,5 +24,5 @@ def absolute_uri(uri: str) -> str:
 
 
 def without_credentials(uri: str) -> str:
-    """A store's URI, wherever one is, without what only its user should know."""
+    """A store's absolute URI without user and password."""
     return re.sub("//[^/@]*@", "//", absolute_uri(uri))

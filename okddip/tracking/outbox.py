@@ -1,131 +1,122 @@
-"""What a store was not told: kept in the run's folder, and told by the next command that opens the store.
+"""What a run sends to its store: at once if the store answers, else later, or by the next command."""
 
-A run that is over may be called running for two reasons: its process was killed outright, or the store did
-not answer when it ended. In the second case the run leaves what is unsent as `unsent-ID.json`.
-"""
-
-import json
 import logging
-from contextlib import ExitStack
+import time
+from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:
-    from mlflow.entities import Run
-    from mlflow.tracking import MlflowClient
+from okddip.errors import ConfigError
+from okddip.tracking.store import ANSWER_SECONDS, Store
+from okddip.tracking.unsent import Request, is_temporary, names_of, save_unsent, send
+from okddip.tracking.waiting import first_line
 
 logger = logging.getLogger(__name__)
 
-RUN_LOCK = "run.lock"  # in a training run's folder; locked as long as its process lives
-LOCK = "lock"  # the tag of a sweep's parent: a file that is locked as long as the process of its sweep lives
-END = "end"  # the kind of request that ends a run
-CONTEXT = "mlflow.data.context"  # the tag of a data set that says what it is for
+SEND_SECONDS = 0.8  # what an epoch waits for one answer
+RETRY_SECONDS = 10.0  # how long a store that does not answer is left alone
+UPLOAD_SECONDS = 120.0  # a server may store a large file before it answers
+FINISH_SECONDS = 60.0  # for all that is unsent at the end, as long as the store answers; for files as well
+KILL_SECONDS = 3.0  # the same where the run is killed
 
 
-class Request(NamedTuple):
-    """One call of a store as plain data, so that it can outlive its process."""
+class Queue(deque[Request]):
+    """Requests in their order. One that fails for now stays, with all behind it."""
 
-    what: str  # for messages
-    kind: str  # see `send`
-    content: Any  # lists, texts and numbers, as JSON holds them
+    retry_at: float | None = None  # by the monotonic clock; None if the last one did not fail
 
-
-def send(client: "MlflowClient", run_id: str, request: Request) -> None:
-    """Make the call that a request describes. MLflow takes the same call twice as one, files apart."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-
-    content = request.content
-    match request.kind:
-        case "metrics":  # key, value, timestamp (milliseconds since 1970), step
-            client.log_batch(run_id, metrics=[Metric(*metric) for metric in content])
-        case "params":
-            client.log_batch(run_id, params=[Param(*param) for param in content])
-        case "tags":
-            client.log_batch(run_id, tags=[RunTag(*tag) for tag in content])
-        case "data sets":  # fields of a data set, and what it is for
-            used = [DatasetInput(Dataset(**fields), [InputTag(CONTEXT, use)]) for fields, use in content]
-            client.log_inputs(run_id, datasets=used)
-        case "text":  # text, name of the artifact
-            client.log_text(run_id, *content)
-        case "file":  # path, folder among the artifacts or None
-            client.log_artifact(run_id, *content)
-        case "end":  # status, time (milliseconds since 1970)
-            client.set_terminated(run_id, content[0], end_time=content[1])
-        case other:
-            raise ValueError(f"a request of the kind {other!r}")
+    def is_due(self) -> bool:
+        """Whether the store answers, or was left alone for long enough."""
+        return self.retry_at is None or time.monotonic() >= self.retry_at
 
 
-def may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: no answer, a server in trouble, a locked database."""
-    from mlflow.exceptions import MlflowException
-    from requests import HTTPError, RequestException
+class Outbox:
+    """What a run has to send: requests, and files, for which nothing else waits.
 
-    if isinstance(error, MlflowException):
-        status = error.get_http_status_code()
-    elif isinstance(error, HTTPError) and error.response is not None:
-        status = error.response.status_code
-    else:
-        return isinstance(error, RequestException | TimeoutError)
-    return status >= 500 or status == 429
-
-
-def kept(folder: Path, run_id: str) -> Path:
-    """Where the requests are kept that a run could not send."""
-    return folder / f"unsent-{run_id}.json"
-
-
-def keep(folder: Path, run_id: str, requests: list[Request]) -> Path:
-    """Write requests down for the next command, a run's end last: one that has its end is not looked for.
-
-    Raises:
-        OSError: they cannot be written.
+    Args:
+        store: gets it.
+        run_id: of the run.
+        folder: of the run; keeps what is unsent at the end.
     """
-    path = kept(folder, run_id)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(sorted(requests, key=lambda request: request.kind == END)), encoding="utf-8")
-    new.replace(path)
-    return path
 
+    def __init__(self, store: Store, run_id: str, folder: Path | None) -> None:
+        self.store = store
+        self.run_id = run_id
+        self.folder = folder
+        self.requests = Queue()
+        self.files = Queue()
 
-def finish_if_ended(client: "MlflowClient", run: "Run") -> None:
-    """End a run that is called running if its folder on this machine shows that it is over.
+    def add(self, request: Request, upload: float = SEND_SECONDS) -> None:
+        """Send a request after those that are unsent, unless the store did not answer a moment ago.
 
-    Raises:
-        Exception: whatever the store answers.
-    """
-    from filelock import FileLock, Timeout
+        A file may take `upload` seconds.
+        """
+        (self.files if request.kind in ("text", "file") else self.requests).append(request)
+        sent = self.requests.is_due() and self.flush(self.requests, SEND_SECONDS, SEND_SECONDS)
+        if sent and self.files.is_due():
+            self.flush(self.files, FINISH_SECONDS, upload)
 
-    tags, run_id = run.data.tags, run.info.run_id
-    if not tags.get("folder"):
-        return
-    folder = Path(tags["folder"])
-    training = "kind" not in tags and "task" not in tags
-    lock = folder / RUN_LOCK if training else Path(tags.get(LOCK, ""))
-    unsent = kept(folder, run_id)
-    if not (lock.is_file() or unsent.is_file()):  # it is elsewhere, or was moved
-        return
-    with ExitStack() as held:
-        try:
-            if lock.is_file():
-                held.enter_context(FileLock(lock, timeout=0))
-        except (Timeout, PermissionError):  # it goes on, or lies in a folder of somebody else's
-            return
-        now = client.get_run(run_id)
-        if now.info.status != "RUNNING" or now.data.tags.get(LOCK) != tags.get(LOCK):
-            return  # another process was quicker, or has taken it up
-        if unsent.is_file():
-            requests = [Request(*parts) for parts in json.loads(unsent.read_text(encoding="utf-8"))]
-            for request in requests:
-                try:
-                    send(client, run_id, request)
-                except Exception as error:
-                    if may_pass(error):
-                        raise
-                    logger.warning("MLflow run %s cannot be told of %s: %s", run_id, request.what, error)
-            unsent.unlink()
-            told = ", ".join(dict.fromkeys(request.what for request in requests))
-            logger.info("MLflow run %s, which ended while its store was away, now has %s.", run_id, told)
+    def flush(self, queue: Queue, patience: float, answer: float) -> bool:
+        """Send what is in a queue; whether all is sent.
+
+        After `patience` seconds no request is begun, `answer` seconds are waited for one.
+        """
+        end = time.monotonic() + patience
+        while queue and time.monotonic() < end:
+            request, failed_before = queue[0], queue.retry_at is not None
+            try:
+                self.store.call(answer, send, self.store.client, self.run_id, request)
+            except Exception as error:
+                if is_temporary(error):
+                    if not failed_before:
+                        logger.warning(
+                            "MLflow at %s does not take %s (%s). Training goes on; what is unsent is kept,"
+                            " and sent when it answers again.",
+                            *(self.store.uri, request.what, first_line(error)),
+                        )
+                    queue.retry_at = time.monotonic() + RETRY_SECONDS
+                    return False
+                logger.warning("MLflow at %s refuses %s: %s", self.store.uri, request.what, first_line(error))
+            if failed_before:
+                logger.info("MLflow at %s answers again.", self.store.uri)
+            queue.retry_at = None
+            queue.popleft()
+        return not queue
+
+    def finish(self, status: str, timestamp_ms: int) -> None:
+        """End the run, after a last attempt to send what is unsent.
+
+        If the run is killed, that takes seconds at most, and files are left to the run that is resumed.
+        """
+        end = Request("status", "end", (status, timestamp_ms))
+        if status == "KILLED":
+            self.store.lock_seconds = 0.0
+            self.files.clear()
+            self.requests.append(end)
+            self.flush(self.requests, KILL_SECONDS, KILL_SECONDS)
         else:
-            times = [path.stat().st_mtime_ns // 1_000_000 for path in folder.iterdir() if path.is_file()]
-            client.set_terminated(run_id, "KILLED", end_time=max(times))
-            logger.info("MLflow run %s was killed, and is now called so.", run_id)
+            answers = self.flush(self.requests, FINISH_SECONDS, ANSWER_SECONDS)
+            if answers and self.files.is_due():
+                self.flush(self.files, FINISH_SECONDS, UPLOAD_SECONDS)
+            self.requests.append(end)
+            if answers:  # whatever has become of the files
+                self.flush(self.requests, FINISH_SECONDS, ANSWER_SECONDS)
+        if self.requests or self.files:
+            self.keep_unsent()
+
+    def keep_unsent(self) -> None:
+        """Leave the end of the run, with what else is unsent, to the next command."""
+        unsent, kept = [*self.requests, *self.files], ""
+        if self.folder is not None and self.requests:  # a run that has its end is not looked for
+            try:
+                path = save_unsent(self.folder, self.run_id, unsent)
+                kept = (
+                    f" It is kept in {path}; the next command on this machine that opens this store sends it."
+                )
+            except ConfigError as error:
+                kept = f" That cannot be kept ({error})."
+        logger.warning(
+            "MLflow at %s does not answer: its run %s lacks %s.%s",
+            *(self.store.uri, self.run_id, names_of(unsent), kept),
+        )
+        self.requests.clear()
+        self.files.clear()

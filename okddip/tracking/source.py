@@ -6,12 +6,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from okddip.version import __version__
-
-if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
-    pass
 
 MOST_FILES = 10  # named in a tag
 

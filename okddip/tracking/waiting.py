@@ -15,50 +15,54 @@ if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --he
     import mlflow
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Call in a thread that is left behind when the time is up: a name look-up knows no timeout."""
-    outcome: list[Any] = []
-    failure: list[Exception] = []
+def call_within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Call in a thread that is left behind when the time is up: a name look-up knows no timeout.
+
+    Raises:
+        TimeoutError: the time is up.
+        Exception: what the call raises.
+    """
+    with http_settings(seconds):
+        answer = call_in_thread(call)
+        if not wait([answer], timeout=seconds).done:
+            raise TimeoutError(f"no answer within {seconds:g} s")
+    return answer.result()
+
+
+def call_in_thread(call: Callable[[], Any]) -> Future[Any]:
+    """Call in a thread that the end of the process does not wait for."""
+    answer: Future[Any] = Future()
 
     def run() -> None:
         try:
-            outcome.append(call())
+            answer.set_result(call())
         except Exception as error:
-            failure.append(error)
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    with _http_settings(seconds):
-        thread.start()
-        thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return outcome[0]
+    threading.Thread(target=run, daemon=True).start()
+    return answer
 
 
 @contextmanager
-def _http_settings(seconds: float) -> Iterator[None]:
+def http_settings(seconds: float) -> Iterator[None]:
     """MLflow's requests within: one attempt (it makes eight, for minutes), and nothing printed."""
     settings = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(seconds)),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }
-    before = {name: os.environ.get(name) for name in settings}
+    before = {name: os.environ[name] for name in settings if name in os.environ}
     os.environ.update(settings)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in settings.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 class InterruptibleClient:
-    """A client of a store, within `unstopped`: a signal breaks off the wait for a call, and no transaction.
+    """MLflow's client of a store, within `stops_deferred`: a signal ends the wait for a call, not the call.
 
     A transaction that is broken off keeps SQLite's lock, so that the run's end cannot be written down.
     """
@@ -70,20 +74,13 @@ class InterruptibleClient:
         return partial(self._call, getattr(self._client, name))
 
     def _call(self, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        answer: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                answer.set_result(method(*given, **named))
-            except Exception as error:
-                answer.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
+        answer = call_in_thread(partial(method, *given, **named))
         while not wait([answer], timeout=0.1).done:
             stop_if_asked()
         stop_if_asked()
         return answer.result()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

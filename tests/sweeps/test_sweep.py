@@ -407,7 +407,7 @@ def test_runs_of_another_experiment_and_deleted_ones_are_left_as_they_are(
     [parent], before = runs(tmp_path, "parents"), runs(tmp_path)
     answer = okddip(*command, "tracking.experiment=other")
     assert answer.code == 0, answer.err
-    assert "is not in tracking.experiment=other: a new one is told of all epochs" in answer.out
+    assert "in tracking.experiment=other of" in answer.out
     assert "2 jobs: 2 finished." in answer.out
     assert "baseline  2" in answer.out  # the table has both
     assert [run.info.run_id for run in runs(tmp_path)] == [run.info.run_id for run in before]
@@ -463,7 +463,7 @@ def test_another_store_is_told_of_runs_that_are_finished(okddip: Okddip, tmp_pat
     (tmp_path / "else").mkdir()
     answer = okddip(*command, "tracking.uri=sqlite:///else/mlflow.db")
     assert answer.code == 0, answer.err
-    assert answer.out.count("/else/mlflow.db: a new one is told of all epochs.") == 2
+    assert answer.out.count("/else/mlflow.db: a new run gets all epochs.") == 2
     assert answer.out.count("is finished after epoch 2, so nothing is trained") == 2
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/else/mlflow.db")
     for run, before in zip(runs(tmp_path / "else"), first, strict=True):

@@ -10,8 +10,8 @@ import pytest
 from conftest import Answer
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow_stores import free_port, mlflow_server
 from omegaconf import OmegaConf
-from test_tracking import free_port, mlflow_server
 
 from okddip.run.folder import RunFolder
 from okddip.run.identity import run_identity

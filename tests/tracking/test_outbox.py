@@ -1,209 +1,170 @@
-"""A store calls no run running that is over: the next command that opens it tells it what became of it."""
+"""Stores that go away, and what was to be sent to them."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import mlflow
 import pytest
-from conftest import Answer
-from filelock import FileLock
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
-from test_tracking import free_port, mlflow_server
+import requests
+from mlflow_stores import free_port, history, mlflow_server, start, stored, text_of, without_artifacts
 
+from okddip.signals import stop_on_signals
 from okddip.tracking import outbox
-from okddip.tracking import tracker as tracking
-from okddip.tracking.tracker import DatasetSplit, MLflow, open_store
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-SMALL = ("dataset=digits", "model=resnet8", "method=baseline", "trainer.epochs=2", "trainer.limit_batches=1")
+from okddip.tracking.tracker import MLflow
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+class TestAStoreThatGoesAway:
+    """A tracker whose requests fail for a while; with real servers it is tested below."""
+
+    @pytest.fixture(autouse=True)
+    def no_wait_between_attempts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+
+    @contextmanager
+    def away(self, tracker: MLflow) -> Iterator[None]:
+        def fail(*_: object) -> None:
+            raise requests.ConnectionError("nobody there")
+
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(tracker.store, "call", fail)
+            yield
+
+    def test_what_it_lacks_is_sent_when_it_answers_again(
+        self, tracker: MLflow, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        start(tracker)
+        (tmp_path / "best.pt").write_text("weights")
+        with self.away(tracker):
+            tracker.log({"train/loss": 1.0}, epoch=0, timestamp_ms=1000)
+            tracker.set_tags({"state": "away"})
+            tracker.log_artifact(tmp_path / "best.pt")
+            tracker.log({"train/loss": 0.5}, epoch=1, timestamp_ms=2000)
+        tracker.log({"train/loss": 0.2}, epoch=2, timestamp_ms=3000)
+        assert history(tracker, "train/loss") == [(0, 1.0, 1000), (1, 0.5, 2000), (2, 0.2, 3000)]
+        assert stored(tracker).data.tags["state"] == "away"
+        assert text_of(tracker, "best.pt") == "weights"
+        assert caplog.text.count("does not take") == 1
+
+    def test_it_is_left_alone_for_a_while_and_asked_again_at_the_end(
+        self, tracker: MLflow, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(outbox, "RETRY_SECONDS", 3600.0)
+        start(tracker)
+        with self.away(tracker):
+            tracker.log({"train/loss": 1.0}, epoch=0, timestamp_ms=1000)
+        tracker.log({"train/loss": 0.5}, epoch=1, timestamp_ms=2000)
+        assert history(tracker, "train/loss") == []
+        tracker.finish("FINISHED")
+        assert history(tracker, "train/loss") == [(0, 1.0, 1000), (1, 0.5, 2000)]
+        assert stored(tracker).info.status == "FINISHED"
+
+    def test_what_it_lacks_in_the_end_is_named(
+        self, tracker: MLflow, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        start(tracker)
+        with self.away(tracker):
+            tracker.log({"train/loss": 1.0}, epoch=41)
+            tracker.finish("FINISHED")
+        assert f"{tracker.run_id} lacks epoch 41, status" in caplog.text
+
+    def test_a_request_that_it_refuses_stops_no_other(
+        self, tracker: MLflow, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        start(tracker)
+        tracker.log({"no % sign in a name": 1.0}, epoch=0)
+        tracker.log({"train/loss": 1.0}, epoch=0)
+        assert "refuses epoch 0" in caplog.text
+        assert stored(tracker).data.metrics == {"train/loss": 1.0}
 
 
-def away() -> pytest.MonkeyPatch:
-    """Let a store's calls fail as those of a server that is away do, until it is undone."""
-    patch = pytest.MonkeyPatch()
-
-    def fail(*_: object, **__: object) -> None:
-        raise MlflowException("no answer", error_code=TEMPORARILY_UNAVAILABLE)
-
-    for name in ("log_batch", "log_inputs", "set_terminated", "log_artifact", "log_text"):
-        patch.setattr(mlflow.MlflowClient, name, fail)
-    return patch
-
-
-def begin(uri: str, folder: Path, **tags: str) -> MLflow:
-    """A run with a folder; nothing else of it is there."""
-    folder.mkdir(exist_ok=True)
-    tracker = MLflow(uri, "first")
-    tracker.open()
-    tracker.start("run", {"seed": 0}, {"folder": str(folder), **tags}, "seed: 0\n", "okddip")
-    return tracker
-
-
-def status(uri: str, run_id: str) -> str:
-    """What the next command finds."""
-    return open_store(uri).get_run(run_id).info.status
-
-
-def test_what_a_run_could_not_send_at_its_end_is_sent_by_the_next_command(
-    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_signal_breaks_off_an_upload_which_is_left_to_the_run_that_goes_on(
+    tracker: MLflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "run"
-    tracker = begin(uri, folder)
-    tracker.log({"train/loss": 2.0}, 0, timestamp_ms=1000)
-    (folder / "best.pt").write_bytes(b"weights")
-    store_away = away()
-    tracker.log({"train/loss": float("nan"), "test/top1": 9.5}, 1, timestamp_ms=2000)
-    tracker.set_tags({"note": "a tag"})
-    tracker.log_datasets({"train": DatasetSplit("digits", "0123", "/data", 1438)})
-    tracker.log_artifact(folder / "best.pt")
-    before = time.time_ns() // 1_000_000
-    tracker.finish("FINISHED")
-    after = time.time_ns() // 1_000_000
-    store_away.undo()
-    kept = folder / f"unsent-{tracker.run_id}.json"
-    assert f"It is kept in {kept}; the next command" in caplog.text
-    assert tracker._client.get_run(tracker.run_id).info.status == "RUNNING"
-
-    assert status(uri, tracker.run_id) == "FINISHED"
-    run = tracker._client.get_run(tracker.run_id)
-    assert before <= run.info.end_time <= after
-    assert run.data.tags["note"] == "a tag"
-    assert run.data.metrics["test/top1"] == 9.5
-    points = tracker._client.get_metric_history(tracker.run_id, "train/loss")
-    assert [(point.step, point.timestamp) for point in points] == [(0, 1000), (1, 2000)]
-    [used] = run.inputs.dataset_inputs
-    assert (used.dataset.digest, used.tags[0].value) == ("0123", "train")
-    assert "best.pt" in {file.path for file in tracker._client.list_artifacts(tracker.run_id)}
-    assert not kept.exists()
-
-
-def test_a_file_that_is_gone_since_holds_up_nothing_else(
-    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = begin(uri, tmp_path / "run")
-    (tmp_path / "run" / "best.pt").write_bytes(b"weights")
-    store_away = away()
-    tracker.log_artifact(tmp_path / "run" / "best.pt")
-    tracker.finish("FAILED")
-    store_away.undo()
-    (tmp_path / "run" / "best.pt").unlink()
-    assert status(uri, tracker.run_id) == "FAILED"
-    assert f"MLflow run {tracker.run_id} cannot be told of best.pt" in caplog.text
-
-
-def test_a_run_that_goes_on_is_not_ended_by_what_it_could_not_send(uri: str, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    tracker = begin(uri, folder)
-    store_away = away()
+    start(tracker)
+    never = threading.Event()
+    monkeypatch.setattr(tracker.store.client, "log_artifact", lambda *_: never.wait(600))
+    monkeypatch.setattr(outbox, "UPLOAD_SECONDS", 600.0)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit), stop_on_signals():
+        tracker.log_artifact(tmp_path / "last.pt")
     tracker.finish("KILLED")
-    store_away.undo()
-    assert outbox.kept(folder, tracker.run_id).exists()
-    with FileLock(folder / "run.lock"):  # as a run that is taken up does, before it opens the store
-        again = MLflow(uri, "first")
-        again.open()
-        again.start("run", {}, {"folder": str(folder)}, "", "okddip", run_id=tracker.run_id)
-        assert status(uri, tracker.run_id) == "RUNNING"
-    assert status(uri, tracker.run_id) == "KILLED"  # its process is gone; and nothing old is sent
-    assert not outbox.kept(folder, tracker.run_id).exists()
-
-
-def test_a_run_that_was_killed_outright_is_ended_and_one_that_lives_or_is_elsewhere_is_not(
-    uri: str, tmp_path: Path
-) -> None:
-    living, killed, moved = (begin(uri, tmp_path / name) for name in ("living", "killed", "moved"))
-    elsewhere = begin(uri, tmp_path / "killed", host="elsewhere")
-    beside = begin(uri, tmp_path / "killed", kind="evaluation")  # which holds no lock
-    (tmp_path / "killed" / "run.lock").touch()
-    last = time.time() - 3600
-    os.utime(tmp_path / "killed" / "run.lock", (last, last))
-    with FileLock(tmp_path / "living" / "run.lock"):
-        client = open_store(uri)
-        statuses = [client.get_run(each.run_id).info.status for each in (living, killed, moved)]
-        assert statuses == ["RUNNING", "KILLED", "RUNNING"]
-        assert client.get_run(elsewhere.run_id).info.status == "RUNNING"
-        assert client.get_run(beside.run_id).info.status == "RUNNING"
-        assert client.get_run(killed.run_id).info.end_time == pytest.approx(last * 1000, abs=2)
-
-
-def test_a_damaged_note_of_what_is_unsent_keeps_no_command_from_the_store(
-    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = begin(uri, tmp_path / "run")
-    outbox.kept(tmp_path / "run", tracker.run_id).write_text('[["status", "end"')
-    assert status(uri, tracker.run_id) == "RUNNING"
-    assert f"MLflow run {tracker.run_id} is over, and still called running" in caplog.text
+    never.set()
+    assert stored(tracker).info.status == "KILLED"
+    assert caplog.text == ""
 
 
 @pytest.mark.slow
-def test_a_report_ends_a_killed_run_of_training(okddip: Callable[..., Answer], tmp_path: Path) -> None:
-    assert okddip(*SMALL).code == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "okddip.main", *SMALL, "seed=1", "trainer.epochs=1000"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not list(tmp_path.glob("outputs/*seed1*/*/previous.pt")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-
-    def statuses() -> list[str]:
-        return [run.info.status for run in client.search_runs(["1"], order_by=["start_time"])]
-
-    assert statuses() == ["FINISHED", "RUNNING"]
-    assert okddip("task=report").code == 0
-    assert statuses() == ["FINISHED", "KILLED"]
-
-
-@pytest.mark.slow
-def test_a_run_whose_server_is_away_at_its_end_is_finished_by_the_next_command(
-    okddip: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_files_that_hang_hold_up_neither_epochs_nor_the_end_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(outbox, "UPLOAD_SECONDS", 5)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.1)
+    (tmp_path / "last.pt").write_bytes(b"weights")
     port = free_port()
-    server = f"tracking.uri=http://127.0.0.1:{port}"
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
-    with mlflow_server(tmp_path, port) as process:
-        part = tracking.MLflow.log
-
-        def last_epoch(self: MLflow, metrics: dict[str, float], epoch: int, *rest: int) -> None:
-            if epoch == 1:
-                os.killpg(process.pid, signal.SIGKILL)
-            part(self, metrics, epoch, *rest)
-
-        monkeypatch.setattr(tracking.MLflow, "log", last_epoch)
-        answer = okddip(*SMALL, server)
-        monkeypatch.undo()
-    assert answer.code == 0, answer.err
-    [kept] = tmp_path.glob("outputs/*/*/unsent-*.json")
-    assert str(kept) in answer.out + answer.err
-    with mlflow_server(tmp_path, port):
-        client = mlflow.MlflowClient(server.partition("=")[2])
-        assert [run.info.status for run in client.search_runs(["1"])] == ["RUNNING"]
-        assert okddip("task=report", server).code == 0
-        [run] = client.search_runs(["1"])
+    served = ("--artifacts-destination", str(tmp_path / "artifacts"), "--serve-artifacts")
+    with mlflow_server(tmp_path, port, *served), without_artifacts(port) as behind:
+        tracker = MLflow(f"http://127.0.0.1:{behind}", "hanging")
+        tracker.open()
+        start(tracker)
+        waited = []
+        for epoch in range(3):
+            time.sleep(0.2)
+            before = time.monotonic()
+            tracker.log({"train/loss": 1.0}, epoch)
+            waited.append(time.monotonic() - before)
+        tracker.log_artifact(tmp_path / "last.pt")
+        tracker.finish("FINISHED")
+        run = tracker.store.client.get_run(tracker.run_id)
         assert run.info.status == "FINISHED"
-        lines = [json.loads(line) for line in (kept.parent / "metrics.jsonl").read_text().splitlines()]
-        assert run.data.metrics["final/top1"] == lines[-1]["test/top1"]
-        assert [
-            (point.step, point.timestamp, point.value)
-            for point in client.get_metric_history(run.info.run_id, "test/top1")
-        ] == [(line["epoch"], line["timestamp_ms"], line["test/top1"]) for line in lines]
-        files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert files >= {"last.pt", "best.pt", "metrics.jsonl", "config.yaml"}
-    assert not kept.exists()
+        assert len(tracker.store.client.get_metric_history(tracker.run_id, "train/loss")) == 3
+    assert max(waited) < 5  # two answers of a second at most, on a machine that does other things too
+    assert caplog.text.count("does not take config.yaml") == 1
+    assert "lacks config.yaml, command.txt, last.pt" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["stopped", "frozen"])
+def test_a_server_that_is_away_for_a_while_lacks_nothing(
+    uri: str, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, port = Path(uri.removeprefix("sqlite:///")).parent, free_port()
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+    tracker = MLflow(f"http://127.0.0.1:{port}", f"server {fault}")
+    (tmp_path / "best.pt").write_bytes(b"weights")
+
+    def train_alone() -> None:
+        for epoch in (1, 2):
+            tracker.log({"train/loss": 1.0 / epoch}, epoch, timestamp_ms=1000 * epoch)
+        tracker.log_artifact(tmp_path / "best.pt")
+
+    with mlflow_server(folder, port) as server:
+        tracker.open()
+        start(tracker)
+        tracker.log({"train/loss": 9.0}, epoch=0, timestamp_ms=0)
+        if fault == "frozen":
+            os.killpg(server.pid, signal.SIGSTOP)
+            train_alone()
+            os.killpg(server.pid, signal.SIGCONT)
+            time.sleep(1)
+            tracker.finish("FINISHED")
+    if fault == "stopped":
+        train_alone()
+        with mlflow_server(folder, port):
+            tracker.log({"train/loss": 0.1}, epoch=3, timestamp_ms=3000)
+            tracker.finish("FINISHED")
+
+    direct = MLflow(uri, "reader")
+    direct.open()
+    direct.run_id = tracker.run_id
+    assert [point for point in history(direct, "train/loss") if point[0] < 3] == [
+        (0, 9.0, 0),
+        (1, 1.0, 1000),
+        (2, 0.5, 2000),
+    ]
+    assert stored(direct).info.status == "FINISHED"
+    assert list((folder / "mlartifacts").glob(f"**/{tracker.run_id}/artifacts/best.pt"))
+    assert caplog.text.count("does not take") == 1

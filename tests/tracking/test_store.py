@@ -1,195 +1,177 @@
-"""A new store is whole or absent, whatever stops the process that makes it."""
+"""Stores that open, and those that cannot."""
 
-import multiprocessing
+import json
 import os
-import random
-import shutil
-import signal
-import sqlite3
+import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
-import mlflow
 import pytest
-from mlflow.store.db import utils
-from sqlalchemy import Engine, NullPool, create_engine, event
+from mlflow_stores import free_port, mlflow_server, start, stored
 
 from okddip.errors import ConfigError
-from okddip.signals import stop_on_signals
 from okddip.tracking import store
-from okddip.tracking.tracker import MLflow, open_store
+from okddip.tracking.tracker import MLflow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TRAIN = ("experiment=quickstart", "trainer.epochs=1", "trainer.limit_batches=1")
 
 
-def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+class TestAStoreThatCannotBeOpened:
+    """Each is refused by the key, the value and what is allowed."""
+
+    @pytest.fixture(autouse=True)
+    def less_patience(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(store, "OPEN_SECONDS", 1.0)
+
+    def refused(self, uri: str, reason: str = "") -> None:
+        with pytest.raises(ConfigError) as refusal:
+            MLflow(uri, "never").open()
+        message = str(refusal.value)
+        assert message.startswith(f"tracking.uri={uri}: ")
+        assert "sqlite:///FILE" in message
+        assert reason in message
+
+    def test_a_port_that_refuses(self) -> None:
+        self.refused(f"http://127.0.0.1:{free_port()}", "refused")
+
+    def test_a_server_that_never_answers(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            self.refused(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+    def test_a_host_that_does_not_exist(self) -> None:
+        self.refused("http://no-such-host.invalid:5000")
+
+    def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
+        self.refused(f"sqlite:///{tmp_path}/no/such/folder/mlflow.db", "unable to open")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a folder that root cannot write")
+    def test_a_folder_that_cannot_be_written(self) -> None:
+        self.refused("sqlite:////proc/mlflow.db", "unable to open")
+
+    def test_a_folder_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may do all
+        self.refused(f"sqlite:///{tmp_path}/mlflow.db", f"{tmp_path} cannot be written")
+
+    def test_a_file_that_is_no_database(self, tmp_path: Path) -> None:
+        (tmp_path / "mlflow.db").write_text("These are notes of mine.\n" * 100)
+        self.refused(f"sqlite:///{tmp_path}/mlflow.db", "not a database")
+
+    @pytest.mark.parametrize(
+        "uri", ["foo://somewhere", "http://", "sqlite:mlflow.db", "postgresql://127.0.0.1:1/x"]
     )
+    def test_an_address_that_means_nothing(self, uri: str) -> None:
+        self.refused(uri)
+
+    @pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:"])
+    def test_a_store_in_memory(self, uri: str) -> None:
+        self.refused(uri, "gone with the run")
+
+    def test_nothing(self) -> None:
+        self.refused("", "empty")
 
 
-def wait_for_the_file_of_a_store(folder: Path, alive: Callable[[], object]) -> None:
-    while not list(folder.glob("mlflow.db*[!k]")):  # the lock comes before
-        assert alive()
-        time.sleep(0.001)
+def test_a_deleted_experiment_is_refused(tracker: MLflow) -> None:
+    tracker.store.client.delete_experiment(tracker.store.experiment_id)
+    with pytest.raises(ConfigError, match=rf"tracking\.experiment={tracker.experiment}.*restore"):
+        MLflow(tracker.uri, tracker.experiment).open()
 
 
-@contextmanager
-def stopped_at(statement: int) -> Iterator[None]:
-    """Break off the work on databases at their statement of that number."""
-    seen = 0
-
-    def count(*_: object) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == statement:
-            raise KeyboardInterrupt
-
-    event.listen(Engine, "before_cursor_execute", count)
-    try:
-        yield
-    finally:
-        event.remove(Engine, "before_cursor_execute", count)
+def test_requests_leave_the_environment_as_it_was(tracker: MLflow, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(ConfigError):
+        MLflow(f"http://127.0.0.1:{free_port()}", "nobody").open()
+    assert dict(os.environ) == before
 
 
-def half_made(file: Path, statement: int = 200) -> None:
-    """A store as it was left where MLflow made it in its place, and was stopped."""
-    with stopped_at(statement), pytest.raises(KeyboardInterrupt):
-        utils._initialize_tables(create_engine(f"sqlite:///{file}", poolclass=NullPool))
+@pytest.mark.parametrize("folder", ["/tmp/it's", '/tmp/12" disk', """/tmp/it's 12" wide"""])
+def test_a_run_is_found_by_a_tag_with_quotes(tracker: MLflow, folder: str) -> None:
+    start(tracker)
+    tracker.set_tags({"folder": folder})
+    assert [run.info.run_id for run in tracker.find({"folder": folder})] == [tracker.run_id]
+    assert tracker.find({"folder": folder + "'"}) == []
 
 
-@pytest.fixture(scope="module")
-def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracker = MLflow(f"sqlite:///{file}", "first")
-    tracker.open()
-    return file
-
-
-def works(file: Path) -> None:
-    tracker = MLflow(f"sqlite:///{file}", "first")
-    tracker.open()
-    tracker.start("run", {}, {}, "", "okddip")
-    tracker.finish("FINISHED")
-    assert open_store(f"sqlite:///{file}").get_run(tracker.run_id).info.status == "FINISHED"
-
-
-def open_new_store(folder: Path) -> None:
-    with stop_on_signals():
-        MLflow(f"sqlite:///{folder}/mlflow.db", "first").open()
-
-
-@pytest.mark.parametrize(
-    ("number", "moment"), [(signal.SIGINT, 0.02), (signal.SIGTERM, 0.1), (signal.SIGKILL, 0.2)]
-)
-def test_a_process_that_is_stopped_while_it_makes_a_store_leaves_none(
-    tmp_path: Path, number: int, moment: float
+def test_a_relative_path_stays_where_the_run_began(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = multiprocessing.get_context("fork").Process(target=open_new_store, args=(tmp_path,))
-    process.start()  # has imported MLflow already, which takes longest
-    wait_for_the_file_of_a_store(tmp_path, process.is_alive)
-    time.sleep(moment)
-    os.kill(process.pid or 0, number)
-    process.join()
-    assert process.exitcode != 0, "it was made before: stop earlier"
-    assert not (tmp_path / "mlflow.db").exists()
-    works(tmp_path / "mlflow.db")
-    assert not list(tmp_path.glob("*.new*"))
+    monkeypatch.chdir(Path(uri.removeprefix("sqlite:///")).parent)
+    tracker = MLflow("sqlite:///mlflow.db", "relative")
+    tracker.open()
+    monkeypatch.chdir(tmp_path)
+    start(tracker)
+    tracker.finish("FINISHED")
+    assert stored(tracker).info.status == "FINISHED"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_run_stopped_at_any_moment_of_a_new_store_goes_on(tmp_path: Path) -> None:
-    moments = random.Random(0)
-    for number in range(20):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        stopped = start(folder, "-m", "okddip.main", *TRAIN)
-        kind = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[number % 3]
-        wait_for_the_file_of_a_store(folder, lambda stopped=stopped: stopped.poll() is None)
-        time.sleep(moments.uniform(0.1, 2.3))
-        stopped.send_signal(kind)
-        said, _ = stopped.communicate(timeout=300)
-        if kind != signal.SIGKILL:
-            assert "Resume with: okddip" in said
-        again = start(folder, "-m", "okddip.main", *TRAIN, "trainer.resume=auto")
-        output, _ = again.communicate(timeout=300)
-        assert again.returncode == 0, f"{kind.name} {said} {output}"
-        [run] = open_store(f"sqlite:///{folder}/mlflow.db").search_runs(["1"])
-        assert run.info.status == "FINISHED"
-        assert not list(folder.glob("mlflow.db[.-][!l]*"))
+def test_eight_processes_share_a_store_that_does_not_exist_yet(tmp_path: Path) -> None:
+    code = """
+import sys
+from okddip.tracking.tracker import MLflow
+tracker = MLflow("sqlite:///mlflow.db", "shared")
+tracker.open()
+tracker.start(f"run {sys.argv[1]}", {"seed": sys.argv[1]}, {}, "", "okddip")
+for epoch in range(50):
+    tracker.log({f"metric{i}": float(epoch) for i in range(20)}, epoch)
+tracker.finish("FINISHED")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(seed)],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in range(8)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert errors == ""
+    reader = MLflow(f"sqlite:///{tmp_path}/mlflow.db", "shared")
+    reader.open()
+    runs = reader.store.client.search_runs([reader.store.experiment_id])
+    assert sorted(run.data.params["seed"] for run in runs) == [str(seed) for seed in range(8)]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        for metric in ("metric0", "metric19"):
+            points = reader.store.client.get_metric_history(run.info.run_id, metric)
+            assert sorted(point.step for point in points) == list(range(50))
 
 
-def test_a_new_store_knows_nothing_of_the_name_under_which_it_was_made(whole_store: Path) -> None:
-    assert store.NEW.encode() not in whole_store.read_bytes()
-    places = {each.artifact_location for each in open_store(f"sqlite:///{whole_store}").search_experiments()}
-    assert f"file://{whole_store.parent}/mlartifacts" in places
+@pytest.mark.slow
+def test_a_server_started_beside_the_database_shows_runs_and_artifacts(uri: str, tracker: MLflow) -> None:
+    start(tracker)
+    tracker.log({"train/loss": 0.25}, epoch=3)
+    tracker.finish("FINISHED")
+    port = free_port()
+
+    def get(path: str, /, **query: str) -> bytes:
+        url = f"http://127.0.0.1:{port}{path}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.read()
+
+    with mlflow_server(Path(uri.removeprefix("sqlite:///")).parent, port):
+        run = json.loads(get("/api/2.0/mlflow/runs/get", run_id=tracker.run_id))["run"]
+        files = json.loads(get("/api/2.0/mlflow/artifacts/list", run_id=tracker.run_id))["files"]
+        config = get("/get-artifact", run_uuid=tracker.run_id, path="config.yaml")
+    assert run["info"]["status"] == "FINISHED"
+    assert [(metric["key"], metric["step"]) for metric in run["data"]["metrics"]] == [("train/loss", 3)]
+    assert {file["path"] for file in files} == {"config.yaml", "command.txt"}
+    assert config == b"seed: 0\n"
 
 
-@pytest.mark.parametrize("statement", [20, 90, 200, 400])
-def test_a_half_made_store_is_named_with_what_to_do(tmp_path: Path, statement: int) -> None:
-    half_made(tmp_path / "mlflow.db", statement)
-    with pytest.raises(ConfigError, match=r"half made.*nothing is lost: remove (?P<file>\S+),") as refusal:
-        MLflow(f"sqlite:///{tmp_path}/mlflow.db", "first").open()
-    assert str(tmp_path / "mlflow.db") in str(refusal.value)
-    with pytest.raises(ConfigError, match="half made"):
-        open_store(f"sqlite:///{tmp_path}/mlflow.db")
-
-
-def test_a_store_made_again_in_the_place_of_a_half_made_one_works(tmp_path: Path) -> None:
-    half_made(tmp_path / "mlflow.db")
-    (tmp_path / "mlflow.db").unlink()
-    (tmp_path / "mlflow.db-journal").write_bytes(b"of the one that was removed")
-    works(tmp_path / "mlflow.db")
-    assert not (tmp_path / "mlflow.db-journal").exists()
-
-
-def test_an_empty_file_becomes_a_store_and_a_link_stays_one(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "real.db").touch()
-    (tmp_path / "mlflow.db").symlink_to("elsewhere/real.db")
-    works(tmp_path / "mlflow.db")
-    assert (tmp_path / "mlflow.db").is_symlink()
-    assert (tmp_path / "elsewhere" / "real.db").stat().st_size > 0
-
-
-def test_a_store_of_another_version_of_mlflow_is_left_as_it_is_and_its_upgrade_named(
-    tmp_path: Path, whole_store: Path
-) -> None:
-    from alembic import command
-
-    file = tmp_path / "mlflow.db"
-    shutil.copy(whole_store, file)
-    engine = create_engine(f"sqlite:///{file}", poolclass=NullPool)
-    mlflow.MlflowClient(f"sqlite:///{whole_store}").get_experiment_by_name("first")
-    with engine.begin() as connection:
-        config = utils._get_alembic_config(str(engine.url))
-        config.attributes["connection"] = connection
-        command.downgrade(config, "-1")
-    before = file.read_bytes()
-    with pytest.raises(
-        ConfigError, match=rf"another version of MLflow.*`mlflow db upgrade sqlite:///{file}`"
-    ):
-        MLflow(f"sqlite:///{file}", "first").open()
-    assert file.read_bytes() == before
-    utils._upgrade_db(engine)  # what the command does
-    MLflow(f"sqlite:///{file}", "first").open()
-
-
-def test_a_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
-    file = tmp_path / "mine.db"
-    with closing(sqlite3.connect(file)) as connection:
-        connection.execute("CREATE TABLE studies (name TEXT)")
-    before = file.read_bytes()
-    with pytest.raises(ConfigError, match="another program, with the tables studies"):
-        MLflow(f"sqlite:///{file}", "first").open()
-    assert file.read_bytes() == before
+def test_artifacts_lie_beside_the_database(tracker: MLflow, uri: str) -> None:
+    start(tracker)
+    folder = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / tracker.run_id / "artifacts"
+    assert (folder / "config.yaml").read_text() == "seed: 0\n"

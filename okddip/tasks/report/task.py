@@ -13,7 +13,7 @@ from okddip.tasks.report import figures, reproduce, runs, tables
 from okddip.tasks.report.compare import compare
 from okddip.text import for_markdown, for_terminal
 from okddip.tracking.params import MAX_TAG_LENGTH
-from okddip.tracking.tracker import open_store
+from okddip.tracking.store import open_store
 from okddip.trust import trust_of
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from report_store import EPOCHS, add_runs
 
 from okddip.tasks.report import figures, make, runs, tables
 from okddip.tasks.report.compare import compare
-from okddip.tracking.tracker import MLflow, open_store
+from okddip.tracking.store import open_store
+from okddip.tracking.tracker import MLflow
 
 Okddip = Callable[..., Answer]
 KINDS = {
