@@ -98,7 +98,7 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
         run_id = tracker.start(
             name=sweep.name,
             params={f"sweep.{key}": values for key, values in swept.items()},
-            job_tags={
+            tags={
                 "kind": "sweep",
                 "sweep": sweep.name,
                 "identity": identity,

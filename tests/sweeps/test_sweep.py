@@ -963,8 +963,8 @@ import os
 from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
-from okddip.run.resume import identity
-from okddip.sweeps.sweep import gpu_in_turn
+from okddip.run.identity import run_identity
+from okddip.sweeps.joblib import choose_gpu
 from okddip.training.devices import find_device
 
 torch.cuda.is_available = lambda: True
@@ -973,7 +973,7 @@ torch.cuda.set_device = lambda device: None
 
 
 def note(config, build):
-    facts = f"{find_device(config.trainer.device, gpu_in_turn)} {identity(config)} {os.getpid()}"
+    facts = f"{find_device(config.trainer.device, choose_gpu)} {run_identity(config)} {os.getpid()}"
     Path(HydraConfig.get().runtime.output_dir, "facts").write_text(facts)
     return 0.0
 """
