@@ -36,7 +36,7 @@ def end_with_sweep() -> None:
     Joblib would keep it waiting for good, with all of its memory and that of a GPU.
     """
     sweep = SweepInfo.read().process
-    if not is_joblib_job() or sweep == os.getpid():  # with n_jobs=1 jobs run in the sweep's own process
+    if not is_joblib_job() or sweep in (0, os.getpid()):  # with n_jobs=1 jobs run in the sweep's own process
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
