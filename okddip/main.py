@@ -22,8 +22,9 @@ from okddip.command_line import check_choices, quote_report_filter, usage
 from okddip.errors import ConfigError, Incompatible, check_number
 from okddip.hooks import register_plugins
 from okddip.signals import stop_on_signals
-from okddip.sweeps import sweep
-from okddip.sweeps.environment import NO_CHDIR, is_job
+from okddip.sweeps.begin import NO_CHDIR
+from okddip.sweeps.environment import is_job
+from okddip.sweeps.finish import finish_sweep
 from okddip.sweeps.job import run_job
 from okddip.sweeps.joblib import choose_gpu
 from okddip.text import for_terminal, show_whatever_comes
@@ -77,7 +78,8 @@ def build(config: DictConfig) -> Parts:
     from okddip.data.loader import seed_of
     from okddip.data.options import check_options
     from okddip.run.parts import Parts
-    from okddip.sweeps.teacher import check_teacher, describe_teacher, open_teacher
+    from okddip.sweeps.teacher import open_teacher
+    from okddip.sweeps.teacher_checkpoint import check_teacher, describe_teacher
     from okddip.tasks.train import train
     from okddip.tracking.tracker import NoTracking
     from okddip.training.rehearsal import check_memory
@@ -204,9 +206,9 @@ def cli() -> None:
                     sys.argv[1:] = ["--cfg", "job", *rest]
                 main()
         except BaseException as error:
-            sweep.finish_sweep(write_report, error)
+            finish_sweep(write_report, error)
             raise
-        if not sweep.finish_sweep(write_report):
+        if not finish_sweep(write_report):
             sys.exit(1)
 
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from okddip.data.folder import scan
 from okddip.errors import ConfigError
-from okddip.sweeps import sweep
 from okddip.sweeps.outcomes import Outcome
 from okddip.sweeps.parent import sweep_description
+from okddip.sweeps.summary import print_summary
+from okddip.sweeps.sweep import Sweep
 from okddip.text import (
     LogFormatter,
     for_csv,
@@ -86,7 +87,7 @@ def test_no_line_of_an_error_passes_for_another_message() -> None:
 @pytest.mark.parametrize("text", CLASSES)
 def test_the_last_lines_of_a_sweep_command_no_terminal(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = [Outcome(0, [f"dataset.root={text}"], "failed", str(ConfigError(text)))]
-    sweep.print_summary(sweep.Sweep(text, Path()), outcomes, False, None)
+    print_summary(Sweep(text, Path()), outcomes, "FAILED", None)
     out = capsys.readouterr().out
     assert not acting(out)
     assert [line.split()[0] for line in out.splitlines() if line[0] != " "] == ["Sweep", "failed"]

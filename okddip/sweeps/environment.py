@@ -1,56 +1,73 @@
-"""What a sweep's jobs learn from the environment, which reaches them under any launcher."""
+"""What the jobs of a sweep know about it, from environment variables: they reach a job under any launcher."""
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict, dataclass, field
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from okddip.run.identity import SAME_IMAGES
 
-# reach the jobs under any launcher
-NAME, PARENT_RUN, START = "OKDDIP_SWEEP", "OKDDIP_PARENT_RUN", SAME_IMAGES
-PROCESS = "OKDDIP_SWEEP_PROCESS"
-UNNAMED = "OKDDIP_SWEEP_UNNAMED"  # what is swept and does not show in the setting `name`
+SWEEP = "OKDDIP_SWEEP"  # a `SweepInfo` as JSON
+START = SAME_IMAGES  # a word for this start of the sweep
+TRAIN = "okddip.tasks.train.train"
 TRAINED_FOR = "trained_for"  # the tag of a teacher: the parent run
 LONGEST_VALUE = 24  # letters of a value in the name of a run
 
-NO_CHDIR = (
-    "hydra.job.chdir=true: would make another place of each relative path, and another store of each run's"
-    " tracking.uri. Leave it out; a run's files are in its output folder in any case."
-)
+
+@dataclass
+class SweepInfo:
+    """What the jobs of a sweep know about it; outside of a sweep, nothing."""
+
+    process: int = 0  # that of the sweep itself
+    name: str = ""
+    parent_run: str = ""  # its ID in MLflow
+    unnamed: list[str] = field(default_factory=list)  # what is swept and not part of the setting `name`
+
+    def publish(self) -> None:
+        os.environ[SWEEP] = json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls) -> SweepInfo:
+        return cls(**json.loads(os.environ.get(SWEEP, "{}")))
 
 
 def is_job() -> bool:
-    """Whether what runs is a job of a sweep."""
+    """Whether this run is a job of a sweep."""
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
+def is_training(config: DictConfig) -> bool:
+    return bool(config.task._target_ == TRAIN)
+
+
 def job_tags() -> dict[str, str]:
-    """What a job's run says of its sweep."""
-    tags = {"sweep": os.environ.get(NAME, ""), "mlflow.parentRunId": os.environ.get(PARENT_RUN, "")}
+    """The tags by which a job's run names its sweep."""
+    sweep = SweepInfo.read()
+    tags = {"sweep": sweep.name, "mlflow.parentRunId": sweep.parent_run}
     return {key: value for key, value in tags.items() if value}
 
 
 def teacher_tags() -> dict[str, str]:
-    """What the run of a teacher that a job trains says of the sweep; it is no child of the parent."""
-    parent = os.environ.get(PARENT_RUN, "")
+    """The tags by which a teacher that a job trains names the sweep; it is no child of the parent run."""
+    parent = SweepInfo.read().parent_run
     return {TRAINED_FOR: parent} if parent else {}
 
 
 def run_name(config: DictConfig) -> str:
-    """What a run is called in MLflow: its name, in a sweep after what the name does not show.
+    """The name of a run in MLflow: the setting `name`; in a sweep after the swept values that it lacks.
 
-    Ahead of it, since MLflow's column of names shows their beginnings.
+    They come first, since MLflow's column of names shows only the beginning.
     """
-    unnamed = os.environ.get(UNNAMED, "").split()
-    task = HydraConfig.get().overrides.task
-    given = dict(override.lstrip("+").split("=", 1) for override in task if "=" in override)
-    words = [f"{key.rpartition('.')[2]}={shortened(given[key])}" for key in unnamed if key in given]
-    return " ".join([*words, config.name])
+    overrides = HydraConfig.get().overrides.task
+    given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
+    swept = [key for key in SweepInfo.read().unnamed if key in given]
+    return " ".join([*(f"{key.rpartition('.')[2]}={shortened(given[key])}" for key in swept), config.name])
 
 
 def shortened(value: str) -> str:
-    """The end of a long value: that of a path tells more than its beginning."""
+    """The end of a long value: that of a path says more than its beginning."""
     return value if len(value) <= LONGEST_VALUE else f"...{value[3 - LONGEST_VALUE :]}"

@@ -1,137 +1,143 @@
-"""Hydra's sweeper of grids, which loses no job for another's sake."""
+"""Hydra's sweeper of grids, in which one job that is killed or makes no sense does not stop the others."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException
-from hydra.plugins.sweeper import Sweeper
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from okddip.errors import ConfigError, check_number
+from okddip.errors import check_number
 from okddip.sweeps.job import NO_RESULT
 from okddip.sweeps.outcomes import Outcome
-from okddip.sweeps.sweep import announce_jobs, current_outcomes
+from okddip.sweeps.parent import open_parent_run
+from okddip.sweeps.sweep import Sweep
 
 log = logging.getLogger(__name__)
 
 
-class GridSweeper(Sweeper):
-    """Every combination of the swept values, apart from those that make no sense.
+class GridSweeper(BasicSweeper):
+    """Hydra's own sweeper, which runs every combination of the swept values, with two changes.
 
-    Args:
-        max_batch_size: jobs that the launcher gets at once; None gives it all.
-        params: what is swept, `{"seed": "0,1"}`; the command line comes on top.
-
-    Raises:
-        ConfigError: the launcher's processes are killed before any job begins.
-        HydraException: an override cannot be, with whatever it is combined.
+    Combinations with a setting that their options lack, but those of other combinations have, are skipped.
+    And the launcher is a `PatientLauncher`.
     """
 
-    def __init__(self, max_batch_size: int | None = None, params: Mapping[str, str] | None = None) -> None:
+    def __init__(self, max_batch_size: int | None = None, params: dict[str, str] | None = None) -> None:
+        # not by super(): Hydra loads its plugins' modules again, and the class is no longer the one there
         if max_batch_size is not None:
             check_number("hydra.sweeper.max_batch_size", max_batch_size, minimum=1, integer=True)
-        self.max_batch_size = max_batch_size
-        self.params = params or {}
+        self.max_batch_size, self.params = max_batch_size, params or {}
+        self.batch_index = 0
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config, self.loader = config, hydra_context.config_loader
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        assert self.launcher is not None
+        self.launcher = PatientLauncher(self.launcher)
 
-    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
-        lines = [*(f"{key}={values}" for key, values in self.params.items()), *arguments]
-        overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(lines)
-        [jobs] = BasicSweeper.split_arguments(overrides, None)
+    def split_arguments(  # type: ignore[override]
+        self, overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        """The jobs of the sweep in batches; opens the parent run, now that there are jobs.
+
+        Raises:
+            HydraException: an override is wrong in every combination.
+        """
         assert self.config is not None  # by setup()
-        senseless = self.senseless(jobs)
-        jobs = [job for number, job in enumerate(jobs) if number not in senseless]
-        announce_jobs(self.config, jobs, list(senseless.values()))
-        folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        assert Sweep.current is not None  # by the callback
+        [combinations] = super().split_arguments(overrides, None)
+        jobs, skipped = self.split_off_skipped(combinations)
+        open_parent_run(Sweep.current, self.config)
+        Sweep.current.jobs, Sweep.current.skipped = jobs, skipped
+        return list(self.split_overrides_to_chunks(jobs, max_batch_size))
 
-        results: list[Sequence[JobReturn]] = []
-        size = self.max_batch_size or max(1, len(jobs))
-        for first in range(0, len(jobs), size):
-            results.append(self.launch(jobs[first : first + size], first))
-            for result in results[-1]:
-                _ = result.return_value  # raises what kept Hydra from calling the job
-        return results
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """That was done in `split_arguments`."""
 
-    def senseless(self, jobs: Sequence[list[str]]) -> dict[int, Outcome]:
-        """The jobs, by their place, with a setting that is not there as they choose, but is in others."""
+    def split_off_skipped(self, combinations: Sequence[list[str]]) -> tuple[list[list[str]], list[Outcome]]:
+        """The jobs; and the combinations with a setting that their options lack, but those of others have."""
         assert self.config is not None
-        found: dict[int, Outcome] = {}
-        first: ConfigCompositionException | None = None
-        for number, job in enumerate(jobs):
+        assert self.hydra_context is not None
+        jobs: list[list[str]] = []
+        errors: list[tuple[list[str], ConfigCompositionException]] = []
+        for overrides in combinations:
             try:
-                self.loader.load_sweep_config(self.config, job)
+                self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+                jobs.append(overrides)
             except ConfigCompositionException as error:
                 if not isinstance(error.__cause__, OmegaConfBaseException):
                     raise
-                first = first or error
-                key = str(error).splitlines()[0].removeprefix("Could not override").strip(" .'")
-                found[number] = Outcome(0, job, "skipped", f"{key}: is no setting of the options chosen.")
-        if first is not None and len(found) == len(jobs):
-            raise first
-        return found
+                errors.append((overrides, error))
+        if not jobs:
+            raise errors[0][1]
+        skipped = []
+        for number, (overrides, reason) in enumerate(errors, len(jobs)):
+            key = str(reason).splitlines()[0].removeprefix("Could not override").strip(" .'")
+            text = f"{key}: is not a setting of the chosen options."
+            skipped.append(Outcome(number, overrides, "skipped", text))
+        return jobs, skipped
 
-    def launch(self, jobs: Sequence[list[str]], first: int) -> list[JobReturn]:
-        """Launch jobs with the numbers from `first` on; those that a killed process breaks off, again.
+
+class PatientLauncher(Launcher):
+    """A launcher for which a job whose process is killed does not stop the others.
+
+    Args:
+        launcher: any of Hydra's, set up.
+    """
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+
+    def setup(self, **_: Any) -> None:
+        """The launcher within is set up."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Launch jobs; those that are interrupted when a process of joblib is killed, again.
 
         Joblib ends all of its processes when one is killed, as Linux does to the largest where memory runs
-        out. What has not begun then is launched anew; what was running goes on afterwards, a job at a time,
-        and is given up if it is killed alone.
+        out. Jobs that had not begun are then launched together; those that were running afterwards, one at a
+        time, so that the one that is killed again interrupts no other.
         """
-        assert self.launcher is not None
-        try:
-            with lost_jobs_of_submitit():
-                return list(self.launcher.launch(jobs, initial_job_idx=first))
-        except BrokenProcessPool:
-            known = {outcome.job: outcome for outcome in current_outcomes()}
-        numbers = range(first, first + len(jobs))
-        begun = [number for number in numbers if number in known]
-        if not begun:
-            raise ConfigError(
-                "hydra/launcher=joblib: its processes are killed before a job begins. Is there memory for"
-                " hydra.launcher.n_jobs of them?"
-            )
-        broken_off = [
-            number
-            for number in range(first, begun[-1] + 1)
-            if number not in known or known[number].kind == "cut off"
-        ]
-        names = ", ".join(f"#{number}" for number in broken_off)
-        log.warning("A process of joblib was killed, and with it all that ran: %s.", names)
-        results = {
-            number: JobReturn(overrides=job, status=JobStatus.COMPLETED, _return_value=NO_RESULT)
-            for number, job in zip(numbers, jobs, strict=True)
-        }
-        for number, outcome in known.items():
-            if number in results and outcome.value is not None:
-                results[number].return_value = outcome.value
-        if rest := jobs[begun[-1] + 1 - first :]:
-            results |= dict(enumerate(self.launch(rest, begun[-1] + 1), begun[-1] + 1))
-        if len(jobs) > 1:
-            for number in broken_off:
-                [results[number]] = self.launch([jobs[number - first]], number)
-        return [results[number] for number in numbers]
+        assert Sweep.current is not None
+        first, end = initial_job_idx, initial_job_idx + len(job_overrides)
+        results: list[JobReturn] = []
+        interrupted: list[int] = []
+        while first < end:
+            try:
+                results += self.launch_once(job_overrides[first - initial_job_idx :], first)
+                break
+            except BrokenProcessPool:
+                outcomes = {each.job: each for each in Sweep.current.outcomes() if first <= each.job < end}
+                if not outcomes:
+                    raise
+            begun = range(first, max(outcomes) + 1)
+            running = [job for job in begun if job not in outcomes or outcomes[job].kind == "cut off"]
+            names = ", ".join(f"#{job}" for job in running)
+            log.warning("A process of joblib was killed, which interrupted all running jobs: %s.", names)
+            interrupted += running
+            first = begun.stop
+        for job in interrupted if len(job_overrides) > 1 else ():
+            with suppress(BrokenProcessPool):
+                results += self.launch_once([job_overrides[job - initial_job_idx]], job)
+        return results
+
+    def launch_once(self, job_overrides: Sequence[Sequence[str]], first: int) -> Sequence[JobReturn]:
+        with lost_jobs_of_submitit():
+            return self.launcher.launch(job_overrides, initial_job_idx=first)
 
 
 @contextmanager
 def lost_jobs_of_submitit() -> Iterator[None]:
-    """Let a job without a result be one within: submitit's launcher would wait for no other after it."""
+    """Let a job without a result have one within: else submitit's launcher would not wait for the others."""
     if find_spec("submitit") is None:
         yield
         return

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
     from mlflow.entities import Run
 
-
 log = logging.getLogger(__name__)
 
-GOOD = {"finished", "finished before", "skipped"}  # outcomes
 FINISHED_BEFORE, IDS_IN_A_TAG = "finished_before", 200  # MLflow's tags hold 8,000 letters
 
 
@@ -29,19 +27,22 @@ class Outcome:
     reason: str = ""
     run_id: str = ""  # of the MLflow run that finished before
     value: float | None = None  # what the job returned
-    start: str = ""  # of the sweep: it may have been started more than once, and others in its folder
+    start: str = ""  # `Sweep.start`
 
 
 def write_outcome(outcome: Outcome, folder: Path) -> None:
-    """Write down what became of a job, in one step."""
-    # jobs on a cluster outlive their sweep, and the next one's may have the same folders
+    """Write down what became of a job, in one step.
+
+    In a file of its own for each start of the sweep: jobs on a cluster outlive their sweep, and those of the
+    next one may have the same folders.
+    """
     file = folder / f"outcome-{outcome.start[:8]}.json"
     file.with_suffix(".new").write_text(json.dumps(asdict(outcome), indent=1) + "\n", encoding="utf-8")
     file.with_suffix(".new").replace(file)
 
 
 def read_outcomes(folder: Path, start: str) -> list[Outcome]:
-    """What became of the jobs that a sweep started in its folder, in their order."""
+    """What became of the jobs that one start of a sweep began in its folder, by their number."""
     outcomes = []
     for path in folder.rglob("outcome-*.json"):
         try:
@@ -52,6 +53,12 @@ def read_outcomes(folder: Path, start: str) -> list[Outcome]:
         if outcome.start in (start, ""):
             outcomes.append(outcome)
     return sorted(outcomes, key=lambda outcome: outcome.job)
+
+
+def is_success(outcomes: Sequence[Outcome]) -> bool:
+    """Whether no job failed, and at least one was not skipped."""
+    kinds = {outcome.kind for outcome in outcomes} - {"skipped"}
+    return bool(kinds) and kinds <= {"finished", "finished before"}
 
 
 def finished_before_tags(run_ids: Sequence[str]) -> dict[str, str]:

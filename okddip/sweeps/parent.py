@@ -1,4 +1,4 @@
-"""The parent run of a sweep in MLflow, and the lock that shows that the sweep goes on."""
+"""The parent run of a sweep in MLflow: a new one, or that of the same sweep when it ran before."""
 
 from __future__ import annotations
 
@@ -9,47 +9,41 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from okddip.errors import ConfigError
+from okddip.run.identity import (
+    FOLDER_DATASETS,
+    IGNORED_DATASET_SETTINGS,
+    IGNORED_SETTINGS,
+    identifying_value,
+)
 from okddip.signals import stops_deferred
-from okddip.sweeps.environment import NAME, PARENT_RUN, START, UNNAMED
-from okddip.sweeps.job import TRAIN
-from okddip.sweeps.joblib import PATIENCE
-from okddip.sweeps.outcomes import Outcome
+from okddip.sweeps.environment import SweepInfo, is_training
 from okddip.text import for_markdown
 from okddip.tracking.unsent import LOCK
 
 if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
+    from okddip.sweeps.sweep import Sweep
     from okddip.tracking.tracker import MLflow, NoTracking
 
-
-@dataclass
-class Sweep:
-    """The sweep of this process."""
-
-    name: str
-    folder: Path
-    outlived: bool = False  # by its jobs, if it is stopped
-    tracker: MLflow | NoTracking | None = None  # None: jobs that are no training runs have no parent
-    jobs: list[list[str]] = field(default_factory=list)  # overrides of each, where they are known beforehand
-    left_out: list[Outcome] = field(default_factory=list)  # of jobs that cannot be
-    forced: bool = False  # all jobs are trained, whatever was finished before
-    held: FileLock | None = None  # as long as the sweep goes on
+# What no sweep's identity depends on. What several methods share does count: each job names it by the setting
+# of its own method, and the sweep by itself.
+IGNORED_OVERRIDES = (
+    *(place for place in IGNORED_SETTINGS if place != "methods."),
+    *(f"dataset.{key}" for key in IGNORED_DATASET_SETTINGS),
+    "tracking",
+)
+OPEN = ("RUNNING", "KILLED")  # statuses of a sweep that did not come to its end
 
 
-def open_parent(sweep: Sweep, config: DictConfig) -> None:
-    """Open the parent run of a sweep, or that of the same sweep when it ran before.
+def open_parent_run(sweep: Sweep, config: DictConfig) -> None:
+    """Open the parent run of a sweep, and let its jobs know it. Jobs that train nothing have none.
 
     Args:
         sweep: just begun.
@@ -58,119 +52,88 @@ def open_parent(sweep: Sweep, config: DictConfig) -> None:
     Raises:
         ConfigError: the store cannot be opened.
     """
-    if config.task._target_ != TRAIN:
+    if not is_training(config):
         return
-    # the same sweep, wherever it is started and whatever is told of it
-    from okddip.run.identity import (
-        FOLDER_DATASETS,
-        IGNORED_DATASET_SETTINGS,
-        IGNORED_SETTINGS,
-        identifying_value,
-    )
-
-    overrides, swept = sweep_overrides(config)
-    choices, method = config.hydra.runtime.choices, config.method
-    groups = {group: swept.get(group, choices[group]) for group in ("method", "model", "dataset")}
-    # (what several methods share is named by their own settings in a job, and here by itself)
-    places = [place for place in IGNORED_SETTINGS if place != "methods."]
-    places += [f"dataset.{key}" for key in IGNORED_DATASET_SETTINGS]
-    settings = sorted(
-        f"{key}={identifying_value(key, value)}"
-        for key, value in overrides.items()
-        if not key.startswith((*places, "tracking"))
-    )
-    if set(datasets(config)) & set(FOLDER_DATASETS):  # each folder is a data set of its own
-        root = swept.get("dataset.root") or Path(str(config.dataset.root)).expanduser().absolute()
-        settings.append(f"dataset.root={root}")
-    if config.trainer.rerun:
-        settings.append("trainer.rerun=true")
-    identity = hashlib.sha256(json.dumps([sweep.name, *settings]).encode()).hexdigest()[:16]
+    sweep.rerun = bool(config.trainer.rerun)
     tracker = instantiate(config.tracking)
     tracker.open()
-    parents = tracker.find({"kind": "sweep"})
-    same = [parent for parent in parents if parent.data.tags.get("identity") == identity]
-    sweep.forced = bool(config.trainer.rerun)
-    if sweep.forced:  # one that came to its end is forced anew, one that was cut off goes on
-        same = [parent for parent in same if parent.info.status in ("RUNNING", "KILLED")]
-    own = "each method's own"
+    identity = sweep_identity(sweep.name, config)
+    before = find_parent_run(tracker, identity, rerun=sweep.rerun)
+    _, swept = sweep_overrides(config)
+    tags = parent_tags(config, swept) | {
+        "kind": "sweep",
+        "sweep": sweep.name,
+        "identity": identity,
+        "folder": str(sweep.folder),
+        LOCK: sweep.lock_file.lock_file if sweep.lock_file else "",
+    }
+    if before is None:
+        tags["mlflow.note.content"] = sweep_description(swept)  # which people may edit afterwards
     with stops_deferred():  # a run that has begun must be known, to be ended
         sweep.tracker = tracker
-        run_id = tracker.start(
+        sweep.parent_run = tracker.start(
             name=sweep.name,
             params={f"sweep.{key}": values for key, values in swept.items()},
-            tags={
-                "kind": "sweep",
-                "sweep": sweep.name,
-                "identity": identity,
-                "folder": str(sweep.folder),
-                LOCK: sweep.held.lock_file if sweep.held else "",
-                **groups,
-                "structure": swept.get("method.structure", own if "method" in swept else method.structure),
-                "peers": swept.get("method.peers", own if "method" in swept else str(method.peers)),
-                "seed": swept.get("seed", str(config.seed)),
-                **(
-                    {} if same else {"mlflow.note.content": sweep_description(swept)}
-                ),  # which people may edit
-            },
+            tags=tags,
             config_yaml=OmegaConf.to_yaml(
                 OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             ),
             command=shlex.join(["okddip", *sys.argv[1:]]),
-            run_id=same[0].info.run_id if same else None,
+            run_id=before,
         )
-        os.environ[NAME], os.environ[PARENT_RUN] = sweep.name, run_id
-        os.environ[UNNAMED] = " ".join(key for key in swept if key not in keys_in_name(config))
+        unnamed = [key for key in swept if key not in keys_in_name(config)]
+        SweepInfo(os.getpid(), sweep.name, sweep.parent_run, unnamed).publish()
 
 
-def lock_sweep(sweep: Sweep) -> None:
-    """Hold the folder of a sweep, and show others that it goes on, until its process ends, however it ends.
+def sweep_identity(name: str, config: DictConfig) -> str:
+    """A short hash that is the same for the same sweep, wherever it is started and however it is logged.
 
-    Raises:
-        ConfigError: another sweep goes on in this folder; its jobs' folders may have the same names.
+    Args:
+        name: of the sweep.
+        config: of the sweep, with Hydra's own part.
     """
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(sweep.folder / f"sweep-{os.environ[START][:8]}.lock")
-    with suppress(OSError, NotImplementedError):  # a file system without locks
-        with FileLock(sweep.folder / ".sweep.lock", timeout=PATIENCE):  # one sweep at a time looks, and holds
-            if any(is_locked(lock) for lock in sweep.folder.glob("sweep-*.lock")):
-                raise ConfigError(
-                    f"hydra.sweep.dir={sweep.folder}: another sweep goes on in this folder, and each would"
-                    " write over what the other's jobs leave. Name another folder, or leave hydra.sweep.dir"
-                    " out: jobs that both have are trained once in any case. Or wait for the other's end."
-                    " (If there is none, remove sweep-*.lock there.)"
-                )
-            held.acquire(timeout=0)
-        sweep.held = held
+    overrides, swept = sweep_overrides(config)
+    settings = sorted(
+        f"{key}={identifying_value(key, value)}"
+        for key, value in overrides.items()
+        if not key.startswith(IGNORED_OVERRIDES)
+    )
+    dataset = swept.get("dataset", config.hydra.runtime.choices.dataset)
+    if set(re.findall(r"\w+", dataset)) & set(FOLDER_DATASETS):  # each folder is a data set of its own
+        root = swept.get("dataset.root") or Path(str(config.dataset.root)).expanduser().absolute()
+        settings.append(f"dataset.root={root}")
+    if config.trainer.rerun:
+        settings.append("trainer.rerun=true")
+    return hashlib.sha256(json.dumps([name, *settings]).encode()).hexdigest()[:16]
 
 
-def is_locked(lock: Path) -> bool:
-    """Whether the process of a sweep lives that holds this file."""
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
+def find_parent_run(tracker: MLflow | NoTracking, identity: str, *, rerun: bool) -> str | None:
+    """The ID of the newest parent run of the same sweep.
+
+    Args:
+        tracker: open.
+        identity: of the sweep.
+        rerun: all jobs are to be trained again: then a sweep that came to its end does not count.
+    """
+    parents = [run for run in tracker.find({"kind": "sweep"}) if run.data.tags.get("identity") == identity]
+    ids = [run.info.run_id for run in parents if not rerun or run.info.status in OPEN]
+    return ids[0] if ids else None
 
 
-def unlock_sweep(sweep: Sweep) -> None:
-    if sweep.held is not None:
-        Path(sweep.held.lock_file).unlink(missing_ok=True)
-        sweep.held.release()
+def parent_tags(config: DictConfig, swept: Mapping[str, str]) -> dict[str, str]:
+    """The tags that a job's run has too; where they are swept, all values."""
+    choices = config.hydra.runtime.choices
 
+    def of_method(key: str) -> str:
+        default = "each method's own" if "method" in swept else str(config.method[key])
+        return swept.get(f"method.{key}", default)
 
-def datasets(config: DictConfig) -> list[str]:
-    """The options of the group `dataset` that a sweep takes."""
-    chosen = [override for override in parsed_overrides(config) if override.key_or_group == "dataset"]
-    if not (chosen and chosen[-1].is_discrete_sweep()):
-        return [str(config.hydra.runtime.choices.dataset)]
-    return [str(getattr(option, "text", option)) for option in chosen[-1].sweep_iterator()]
-
-
-def keys_in_name(config: DictConfig) -> set[str]:
-    """The keys and groups that the setting `name` refers to."""
-    name = str(OmegaConf.to_container(config, resolve=False)["name"])  # type: ignore[call-overload, index]
-    keys = set(re.findall(r"\$\{([^}]+)\}", name))
-    return {key.removeprefix("options.").removeprefix("hydra:runtime.choices.") for key in keys}
+    return {
+        **{group: swept.get(group, choices[group]) for group in ("method", "model", "dataset")},
+        "structure": of_method("structure"),
+        "peers": of_method("peers"),
+        "seed": swept.get("seed", str(config.seed)),
+    }
 
 
 def sweep_description(swept: Mapping[str, str]) -> str:
@@ -180,10 +143,17 @@ def sweep_description(swept: Mapping[str, str]) -> str:
 
 
 def sweep_overrides(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """All overrides of a sweep, those that it is configured with among them; and what is swept."""
+    """All overrides of a sweep, and those of them that are swept; of several for one key the last counts.
+
+    Args:
+        config: of the sweep, with Hydra's own part.
+    """
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    lines = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     overrides: dict[str, str] = {}
     swept: dict[str, str] = {}
-    for override in parsed_overrides(config):
+    for override in parser.parse_overrides(lines):
         key, _, value = (override.input_line or "").partition("=")
         key = key.lstrip("+")
         overrides[key] = value
@@ -193,8 +163,8 @@ def sweep_overrides(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]
     return overrides, swept
 
 
-def parsed_overrides(config: DictConfig) -> list[Override]:
-    """All overrides of a sweep, in the order of Hydra's sweepers: of several for one key the last counts."""
-    given = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    lines = [f"{key}={value}" for key, value in given.items()] + list(config.hydra.overrides.task)
-    return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(lines)
+def keys_in_name(config: DictConfig) -> set[str]:
+    """The keys and groups that the setting `name` refers to."""
+    name = str(OmegaConf.to_container(config, resolve=False)["name"])  # type: ignore[call-overload, index]
+    keys = set(re.findall(r"\$\{([^}]+)\}", name))
+    return {key.removeprefix("options.").removeprefix("hydra:runtime.choices.") for key in keys}

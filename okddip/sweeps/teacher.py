@@ -1,13 +1,13 @@
-"""The teacher of classic distillation: found, or trained first, and fit for the student's images."""
+"""The teacher of knowledge distillation: a finished run that is found, or trained first."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -15,20 +15,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from okddip import distributed
-from okddip.deployment.predictors import rebuild
-from okddip.errors import ConfigError, Incompatible
+from okddip.errors import ConfigError
 from okddip.run import resume
 from okddip.run.identity import dataset_digests, fingerprint, run_identity
 from okddip.run.references import find_checkpoint
-from okddip.sweeps.job import finished_runs, one_process_at_a_time
-from okddip.text import composed
-from okddip.trust import trust_of
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
-
-    from okddip.data.dataset import Dataset
-    from okddip.models.backbone import Backbone
+from okddip.sweeps.same_run import finished_runs, one_process_at_a_time
+from okddip.sweeps.teacher_checkpoint import read_teacher
 
 log = logging.getLogger(__name__)
 
@@ -71,33 +63,38 @@ def provide_teacher(config: DictConfig, train: Train) -> str:
     with one_process_at_a_time(teacher) if distributed.rank() == 0 else nullcontext():
         if found := distributed.from_rank_0(lambda: finished_teacher(teacher)):
             return found
-        # always the same folder: a teacher that was cut off is found there, with or without a store
-        data = distributed.from_rank_0(lambda: fingerprint(dataset_digests(teacher)))
-        folder = Path("outputs", teacher.name, f"{run_identity(teacher)}-{data}").absolute()
-        goes_on = distributed.from_rank_0(lambda: resume.newest_run(teacher, folder) is not None)
-        log.info("teacher    %s, %s first", teacher.name, "goes on" if goes_on else "trained")
-        if distributed.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+        folder = distributed.from_rank_0(lambda: teacher_folder(teacher))
         train(teacher, teacher_folder=folder)
-        # one that was begun elsewhere is where the store says
-        begun = distributed.from_rank_0(
+        # a run that was begun elsewhere is where the store says
+        trained = distributed.from_rank_0(
             lambda: resume.newest_run(teacher, folder) or finished_teacher(teacher)
         )
-        return str(begun)
+        return str(trained)
 
 
 def finished_teacher(teacher: DictConfig) -> str | None:
-    """Where the checkpoint of a teacher is that was trained before."""
+    """Where the checkpoint of a teacher is that was trained before: its folder, or else `runs:/ID`."""
     for run in finished_runs(teacher, everywhere=True):
-        place = checkpoint_of_run(run)
+        folder = Path(run.data.tags.get("folder", ""))
+        place = str(folder) if (folder / "last.pt").exists() else f"runs:/{run.info.run_id}"
         try:
             find_checkpoint("method.teacher", place, teacher.tracking.uri)
         except ConfigError as error:  # it kept none, or has lost it
-            log.info("teacher    MLflow run %s is passed over: %s", run.info.run_id, error)
+            log.info("teacher    MLflow run %s cannot be used: %s", run.info.run_id, error)
             continue
         log.info("teacher    %s, finished as MLflow run %s", teacher.name, run.info.run_id)
         return place
     return None
+
+
+def teacher_folder(teacher: DictConfig) -> Path:
+    """The folder to train a teacher in; always the same, so that it is found again without a store."""
+    data = fingerprint(dataset_digests(teacher))
+    folder = Path("outputs", teacher.name, f"{run_identity(teacher)}-{data}").absolute()
+    interrupted = resume.newest_run(teacher, folder) is not None
+    log.info("teacher    %s, %s first", teacher.name, "resumed" if interrupted else "trained")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def teacher_config(config: DictConfig) -> DictConfig:
@@ -107,7 +104,7 @@ def teacher_config(config: DictConfig) -> DictConfig:
         ConfigError: there is no such model.
     """
     model = config.method.teacher_model
-    if ".." in str(model).split("/"):  # a checkpoint's, say, whose word chooses among the options alone
+    if ".." in str(model).split("/"):  # of a checkpoint, say, which may choose among the options alone
         raise ConfigError(f"method.teacher_model={model}: must be an option of conf/model.")
     try:
         options = compose(HydraConfig.get().job.config_name, ["method=baseline", f"model={model}"])
@@ -121,97 +118,3 @@ def teacher_config(config: DictConfig) -> DictConfig:
     teacher.name = f"baseline1-seed{config.seed}-{teacher.method.structure}-{model}-{config.options.dataset}"
     teacher.trainer.resume, teacher.trainer.rerun = "auto", False
     return teacher
-
-
-def checkpoint_of_run(run: Run) -> str:
-    """The checkpoint of a finished run: its folder if that is on this machine, else the artifact."""
-    folder = Path(run.data.tags.get("folder", ""))
-    return str(folder) if (folder / "last.pt").exists() else f"runs:/{run.info.run_id}"
-
-
-def describe_teacher(state: dict[str, Any]) -> dict[str, str]:
-    """Tags that say what a teacher is, wherever it lies.
-
-    `teacher` is the same for every seed: the model, and a word for its settings and images. Which of its kind
-    it is say `teacher.seed` and `teacher.epoch`.
-
-    Args:
-        state: its checkpoint.
-    """
-    config = state["config"]
-    identity = run_identity({**config, "seed": None})
-    facts = {"identity": identity, **state.get("digests", {})}
-    return {
-        "teacher": f"{config['options']['model']}-{fingerprint(facts)[:6]}",
-        "teacher.seed": str(config["seed"]),
-        "teacher.epoch": str(state["epoch"] + 1),
-    }
-
-
-def read_teacher(config: DictConfig, reference: str) -> dict[str, Any]:
-    """The checkpoint of a teacher, if it names nothing but parts that may be built.
-
-    Raises:
-        ConfigError: it does, or there is no such checkpoint.
-    """
-    from okddip.training import checkpoint
-
-    path = find_checkpoint("method.teacher", reference, config.tracking.get("uri"))
-    state = checkpoint.load(path)
-    trust_of(config).check(state["config"], path)
-    checkpoint.warn_of_other_version(state, path)
-    return state
-
-
-def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -> Backbone:
-    """The trained network of a checkpoint, if it knows the classes of the data set.
-
-    Images of another size are warned about: the network has learned from others, and may be asked of them.
-
-    Raises:
-        ConfigError: it was trained on other classes or channels or with another normalisation, cannot take
-            images so small, or cannot be restored.
-    """
-    for what, theirs, ours in (
-        ("classes", composed(state["classes"]), composed(dataset.classes)),
-        ("image channels", state["channels"], dataset.channels),
-    ):
-        if theirs != ours:
-            raise ConfigError(
-                f"method.teacher={config.method.teacher}: was trained on {what} {theirs},"
-                f" and dataset={config.options.dataset} has {ours}. Name a teacher trained on this data set."
-            )
-    for mean, std, learned_mean, learned_std in zip(
-        dataset.mean, dataset.std, state["mean"], state["std"], strict=True
-    ):
-        # statistics of parts of one training set differ by less
-        if max(abs(mean - learned_mean), abs(std - learned_std)) > 0.1 * learned_std:
-            raise Incompatible(
-                f"method.teacher={config.method.teacher}: learned from images normalised by mean"
-                f" {rounded(state['mean'])} and std {rounded(state['std'])}, and"
-                f" dataset={config.options.dataset} normalises by {rounded(dataset.mean)} and"
-                f" {rounded(dataset.std)}: it would see other images than it knows."
-                " Set dataset.mean and dataset.std to the teacher's."
-            )
-    if list(dataset.image_size) != state["image_size"]:
-        log.warning(
-            "method.teacher=%s: was trained on images of %dx%d, and those of dataset=%s have %dx%d.",
-            *(config.method.teacher, *state["image_size"]),
-            *(config.options.dataset, *dataset.image_size),
-        )
-    try:
-        group, method = rebuild(state, trust_of(config), f"method.teacher={config.method.teacher}")
-    except ConfigError as error:
-        raise ConfigError(f"method.teacher={config.method.teacher}: {error}") from error
-    teacher = group.extract(method.kept)
-    if min(dataset.image_size) < teacher.minimum_size:
-        raise Incompatible(
-            f"method.teacher={config.method.teacher}: takes images of at least {teacher.minimum_size} pixels"
-            f" a side, and those of dataset={config.options.dataset} have"
-            f" {'x'.join(map(str, dataset.image_size))}. Name a teacher trained on such images."
-        )
-    return teacher
-
-
-def rounded(numbers: Sequence[float]) -> str:
-    return f"[{','.join(f'{number:.4g}' for number in numbers)}]"
