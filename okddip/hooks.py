@@ -43,7 +43,7 @@ class CheckOutputFolder(Callback):
             self.check("hydra.run.dir", config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if distributed.ranks() > 1:
+        if distributed.world_size() > 1:
             print(
                 "A sweep does not run under torchrun: start torchrun for each run, or give the jobs a machine"
                 " each with hydra/launcher=submitit_slurm.",

@@ -27,7 +27,7 @@ from okddip.data.loader import ALL, Batches, Share, batch_seed, seed_of
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
 from okddip.errors import ConfigError, check_choice
-from okddip.signals import leave_signals_to_the_parent, stops_deferred
+from okddip.signals import ignore_signals_in_worker, stops_deferred
 from okddip.text import for_terminal
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class StreamingDataset:
         self.image_size = (image_size, image_size)
         self.sizes = {split: len(part.labels) for split, part in self.splits.items()}
         self.mean, self.std = tuple(mean), tuple(std)
-        cores = len(os.sched_getaffinity(0)) // distributed.ranks_on_this_machine()
+        cores = len(os.sched_getaffinity(0)) // distributed.local_world_size()
         self.workers = min(workers, max(1, cores))
         self.bad_images = bad_images
         self.train_transform = v2.Compose(
@@ -243,7 +243,7 @@ class StreamingLoader:
             batch_sampler=self._draws(epoch),
             collate_fn=_collate,
             num_workers=self.workers,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=ignore_signals_in_worker,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the default one, which dropout uses
         )

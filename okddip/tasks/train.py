@@ -45,7 +45,7 @@ def train(
         Top-1 of the primary predictor after the last epoch, in percent.
     """
     versions = {"okddip": __version__, "torch": torch.__version__}
-    distributed.agree(versions | identifying_settings(config))
+    distributed.check_ranks_agree(versions | identifying_settings(config))
     folder = teacher_folder or Path(HydraConfig.get().runtime.output_dir)
     parting: AbstractContextManager[list[Run]] = (
         nullcontext([]) if teacher_folder else resume_hint_if_stopped(config)
@@ -55,7 +55,9 @@ def train(
         begun.append(run)
         parts = build(config)
         digests = {split: parts.dataset.digest(split) for split in parts.dataset.sizes}
-        distributed.agree({f"the digest of its {split} images": word for split, word in digests.items()})
+        distributed.check_ranks_agree(
+            {f"the digest of its {split} images": word for split, word in digests.items()}
+        )
         resume.refuse_other_data(run, parts.dataset, digests)
         lengths = resume.former_lengths(run, config, parts.schedule, parts.method.ramp)
         identity = run_identity(config, lengths)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from okddip.signals import stop_if_asked
+from okddip.signals import raise_deferred_stop
 
 if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
     import mlflow
@@ -80,8 +80,8 @@ class InterruptibleClient:
 
         threading.Thread(target=run, daemon=True).start()
         while not wait([answer], timeout=0.1).done:
-            stop_if_asked()
-        stop_if_asked()
+            raise_deferred_stop()
+        raise_deferred_stop()
         return answer.result()
 
 

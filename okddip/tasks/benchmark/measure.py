@@ -151,7 +151,7 @@ def take_turns(
     times: dict[tuple[str, str], int] = {}
     speeds: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
     with tqdm(
-        total=len(calls) * (1 + settings.repeats), leave=False, disable=distributed.no_bar()
+        total=len(calls) * (1 + settings.repeats), leave=False, disable=distributed.hide_progress_bar()
     ) as progress:
         for name, call in calls.items():
             progress.set_description(f"warm-up {' '.join(name)}")

@@ -121,11 +121,13 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
             **shape._asdict(),
         }
         with parts.trainer.within_memory():
-            report |= measure(parts, settings) if distributed.ranks() == 1 else measure_ranks(parts, settings)
+            report |= (
+                measure(parts, settings) if distributed.world_size() == 1 else measure_ranks(parts, settings)
+            )
         if settings.peers:
             synthetic.trainer.device = str(parts.trainer.device)  # found already, and said so
             report |= cost_curve(synthetic, build, settings)
-        (log_report if distributed.ranks() == 1 else log_ranks)(report)
+        (log_report if distributed.world_size() == 1 else log_ranks)(report)
         if settings.out and distributed.rank() == 0:
             write_text(Path(str(settings.out)), json.dumps(report, indent=2) + "\n")
             parts.tracker.log_artifact(Path(str(settings.out)))
@@ -162,7 +164,7 @@ def check_settings(settings: DictConfig) -> None:
             raise ConfigError(f"benchmark.image_size={sides}: must be one number, or [height, width].")
     if not OmegaConf.is_list(settings.peers):
         raise ConfigError(f"benchmark.peers={settings.peers}: must be a list, such as [2,3,4,6,8].")
-    if settings.peers and distributed.ranks() > 1:
+    if settings.peers and distributed.world_size() > 1:
         raise ConfigError(f"benchmark.peers={settings.peers}: is measured in one process, without torchrun.")
     for peers in settings.peers:
         check_number("benchmark.peers", peers, minimum=1, integer=True)
@@ -355,7 +357,7 @@ def measure_ranks(parts: Parts, settings: DictConfig) -> dict[str, Any]:
     pairs = zip(speeds["train", "together"], speeds["train", "apart"], strict=True)
     learned = [*parts.group.parameters(), *parts.method.parameters()]
     return {
-        "ranks": distributed.ranks(),
+        "ranks": distributed.world_size(),
         "images_per_second": {
             "train": Spread.of(speeds["train", "together"])._asdict(),
             "train_apart": Spread.of(speeds["train", "apart"])._asdict(),
