@@ -32,7 +32,7 @@ from okddip.assembly import make
 from okddip.data.sources import digits, image_folder
 from okddip.data.streaming import StreamingDataset
 from okddip.deployment.classifier import Classifier, Preprocessing
-from okddip.deployment.predictors import restore
+from okddip.deployment.predictors import rebuild
 from okddip.errors import ConfigError
 from okddip.models.backbone import Backbone
 from okddip.models.group import PeerGroup
@@ -88,7 +88,7 @@ def randomize_statistics(module: nn.Module) -> None:
 
 def logits_in_training(state: dict[str, Any], images: Tensor) -> Tensor:
     """Of all peers, [P, B, K], by the group that was trained."""
-    group, _ = restore(state, Trust(), "run")
+    group, _ = rebuild(state, Trust(), "run")
     group.eval()
     with torch.no_grad():
         return group(images).logits
@@ -159,7 +159,7 @@ def test_the_ensemble_is_the_mean_of_the_auxiliary_peers(
     torch.testing.assert_close(program(images), ensemble, atol=1e-5, rtol=1e-5)
     [logits] = onnxruntime.InferenceSession("out/model.onnx").run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), ensemble, atol=1e-4, rtol=1e-4)
-    group, _ = restore(state, Trust(), "run")
+    group, _ = rebuild(state, Trust(), "run")
     assert parameters(loaded.network) == parameters(group) - parameters(group.peers[3])
 
 
