@@ -18,7 +18,7 @@ from torchvision.transforms import functional as TF
 from okddip.data.streaming import StreamingDataset, StreamingLoader
 from okddip.errors import ConfigError
 from okddip.signals import stop_on_signals
-from okddip.tasks.benchmark.measure import Operators
+from okddip.tasks.benchmark.counting import OperatorCounter
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -188,7 +188,7 @@ def test_the_host_reads_nothing_once_images_are_decoded(root: Path) -> None:
     loader = streamed(root, workers=2).eval_loader("test", 3, CPU)
     batches = loader.batches()
     next(batches)  # before it the workers start, for which torch reads a seed that is drawn on the host
-    with Operators() as watch:
+    with OperatorCounter() as watch:
         assert len(list(batches)) == 1
     assert watch.total > 0
     assert watch.found == []
