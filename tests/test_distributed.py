@@ -181,7 +181,7 @@ def test_a_signal_to_torchrun_ends_all_ranks_and_marks_the_run_killed(
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """ImageNet's folders, one file of which is no image; which rank meets it hangs on the seed alone."""
+    """ImageNet's folders, one file of which is not an image; the seed decides which rank reads it."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for name in ("cat", "dog"):
@@ -219,7 +219,7 @@ def test_streamed_images_that_a_rank_leaves_out_hold_no_other_up(images: Path) -
     )
     assert answer.code == 0, answer.err
     assert "epoch 2/2" in answer.out
-    assert answer.out.count("cat/3.jpg: is no image") == 2  # once an epoch, whichever rank had it
+    assert answer.out.count("cat/3.jpg: is not an image") == 2  # once an epoch, on whichever rank
 
 
 @pytest.mark.slow

@@ -110,7 +110,9 @@ def test_workers_end_with_their_epoch_and_when_it_is_left_early(root: Path) -> N
 def test_an_unreadable_image_ends_the_run_by_its_name(root: Path, workers: int) -> None:
     (root / "train" / "n01440764" / "3.JPEG").write_bytes(b"no image")
     dataset = streamed(root, workers=workers, bad_images="refuse")
-    with pytest.raises(ConfigError, match=r"^[^\n]*n01440764/3\.JPEG: is no image[^\n]*bad_images=skip\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^[^\n]*n01440764/3\.JPEG: is not an image[^\n]*bad_images=skip\.$"
+    ):
         collect(dataset.train_loader(4, CPU, seed=0))
 
 
