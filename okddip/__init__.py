@@ -23,6 +23,6 @@ def load(folder: str | Path, trust: Sequence[str] = ()) -> Classifier:
     Raises:
         ConfigError: the folder holds no exported network, a damaged one, or one whose model is not trusted.
     """
-    from okddip.deployment.classifier import load  # importing okddip must not import torch
+    from okddip.deployment.loading import load  # importing okddip must not import torch
 
     return load(folder, trust)

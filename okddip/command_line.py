@@ -1,21 +1,17 @@
-"""What `okddip --help` says ahead of the configuration.
+"""What is read of the command line before Hydra reads it: help, choices of groups, the filter of a report.
 
-Hydra's own help takes seconds: it looks for subgroups in every option file.
+Hydra's own help takes seconds, as it looks for subgroups in every option file.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from okddip.assembly import CONFIG_HOME
 from okddip.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 HEADER = """\
 okddip: online knowledge distillation, from Hydra config groups into MLflow.
@@ -72,13 +68,13 @@ def config_folders(arguments: Sequence[str]) -> list[Path]:
 
 
 def first_comment(path: Path) -> str:
-    """The first line of an option file that is for readers."""
+    """The first comment of an option file, without Hydra's `@package` line."""
     comments = (line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
     return next((comment for comment in comments if not comment.startswith("@")), "")
 
 
 def check_choices(overrides: list[str]) -> None:
-    """Refuse `group=null` and `group=[1]` by name, which in Hydra end in a stack of frames.
+    """Refuse `group=null` and `group=[1]`, for which Hydra prints a traceback.
 
     Raises:
         ConfigError: names the group and what is allowed.
@@ -90,7 +86,7 @@ def check_choices(overrides: list[str]) -> None:
         try:
             chosen = OverridesParser.create().parse_override(override)
         except HydraException:
-            continue  # Hydra says what is wrong
+            continue  # Hydra prints the error
         if chosen.is_sweep_override():
             continue
         names = chosen.value()
@@ -99,7 +95,7 @@ def check_choices(overrides: list[str]) -> None:
 
 
 def quote_report_filter(overrides: Sequence[str]) -> list[str]:
-    """Overrides in which the value of `report.where` is a string to Hydra, though it was typed as it is."""
+    """Quote the value of `report.where` for Hydra, if it was typed without Hydra's quotes."""
     quoted = []
     for override in overrides:
         key, _, value = override.partition("=")

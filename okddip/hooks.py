@@ -1,4 +1,4 @@
-"""What Hydra calls before a run or a sweep begins, and where it looks for our presets."""
+"""Plugins of Hydra: a check before a run or a sweep, the search path of presets, the sweeper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from okddip import distributed
 from okddip.assembly import CONFIG_HOME
 from okddip.sweeps.grid import GridSweeper
 
-LEAST_ROOM = 2**16  # bytes; what Hydra writes before a run begins, and more
+MINIMUM_SPACE = 2**16  # bytes; more than Hydra writes before a run begins
 
 
 class PresetSearchPath(SearchPathPlugin):
@@ -31,22 +31,22 @@ class PresetSearchPath(SearchPathPlugin):
 
 
 class CheckOutputFolder(Callback):
-    """Refuses an output folder that cannot be written before Hydra fails on it with a stack of frames.
+    """Refuses an output folder that cannot be written, for which Hydra would print a traceback.
 
-    Hydra logs and ignores exceptions of callbacks; this is before any job, so leaving costs no other job.
+    Hydra logs and ignores exceptions of callbacks, so this exits; no job has begun yet.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         if distributed.rank() > 0:
-            write_nothing(config)
+            disable_output(config)
         else:
             self.check("hydra.run.dir", config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if distributed.ranks() > 1:
+        if distributed.world_size() > 1:
             print(
-                "A sweep does not run under torchrun: start torchrun for each run, or give the jobs a machine"
-                " each with hydra/launcher=submitit_slurm.",
+                "A sweep does not run under torchrun: start torchrun for each run, or run each job on a"
+                " machine of its own with hydra/launcher=submitit_slurm.",
                 file=sys.stderr,
             )
             raise SystemExit(1)
@@ -62,9 +62,9 @@ class CheckOutputFolder(Callback):
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(bytes(LEAST_ROOM))
+                file.write(bytes(MINIMUM_SPACE))
                 file.flush()
-                os.fsync(file.fileno())  # some file systems find out only now that they are full
+                os.fsync(file.fileno())  # some file systems report only now that they are full
         except OSError as error:
             reason = error.strerror or str(error)
             print(
@@ -74,8 +74,8 @@ class CheckOutputFolder(Callback):
             raise SystemExit(1) from None
 
 
-def write_nothing(config: DictConfig) -> None:
-    """Keep Hydra from making a folder and a log file on a rank that is not the first."""
+def disable_output(config: DictConfig) -> None:
+    """Keep Hydra from making a folder and a log file, on ranks other than 0."""
     with open_dict(config), read_write(config):
         config.hydra.run.dir = "."
         config.hydra.output_subdir = None
@@ -83,7 +83,7 @@ def write_nothing(config: DictConfig) -> None:
 
 
 def register_plugins() -> None:
-    """Let Hydra know our presets and our sweeper."""
+    """Register our presets and our sweeper with Hydra."""
     Plugins.instance().register(PresetSearchPath)
-    # Hydra takes sweepers of this name space alone, where the distribution has no folder
+    # Hydra accepts sweepers of this namespace only, and the distribution has no folder for it
     Plugins.instance().class_name_to_class["hydra_plugins.okddip.GridSweeper"] = GridSweeper

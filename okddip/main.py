@@ -59,7 +59,7 @@ def main(config: DictConfig) -> Any:
         if is_job():
             return run_job(config, check, task)
         with distributed.process_group():
-            if distributed.ranks() > 1 and target not in TASKS_OF_RANKS:
+            if distributed.world_size() > 1 and target not in TASKS_OF_RANKS:
                 raise ConfigError(f"{target}: this task takes one process; start it without torchrun.")
             check(config)
             return task(config)
@@ -104,7 +104,7 @@ def build(config: DictConfig) -> Parts:
     tracker.open()
     teacher = open_teacher(config, partial(train, build=build)) if config.method.get("teacher") else None
 
-    with distributed.first_on_this_machine():
+    with distributed.local_rank_0_first():
         dataset = make("dataset", config.dataset)
     check_image_size(config, probe, dataset)
     torch.manual_seed(seed_of(config.seed, 2))
@@ -182,7 +182,7 @@ def build_group(
     name = f" ({config.model.name})" if config.model.get("name") else ""
     names = f"model={config.options.model}{name} with dataset={config.options.dataset}"
     rehearse(group, method, (dataset.channels, *dataset.image_size), names)
-    if trainer.sync_batch_norm and distributed.ranks() > 1:
+    if trainer.sync_batch_norm and distributed.world_size() > 1:
         group, method = map(torch.nn.SyncBatchNorm.convert_sync_batchnorm, (group, method))
     return group, method
 

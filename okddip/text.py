@@ -1,7 +1,7 @@
-"""Text of others on its way out: names and commands from a shared store, classes and files of an archive.
+"""Escape text that other people wrote: names and commands in a shared store, classes and files of an archive.
 
-One function for each kind of output. None of them lets such text act (move the cursor, run a command, become
-a link or a formula), and all of them show what it was. Figures need `for_terminal` and `FIGURES`.
+One function for each kind of output. Escaped text cannot act (move the cursor, run a command, become a link
+or a formula), and still shows what it was. Figures need `for_terminal` and `FIGURES`.
 """
 
 import logging
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from io import TextIOWrapper
 
 # Control characters, invisible ones such as those that turn the direction of writing, halves of surrogate
-# pairs (bytes of file names that are no UTF-8), and separators of lines and paragraphs
+# pairs (bytes of file names that are not UTF-8), and separators of lines and paragraphs
 INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 JOINERS = "\u200c\u200d"  # invisible, but scripts and emoji are written with them
 OPENS_FORMULA = re.compile(r"[=+\-@\uff1d\uff0b\uff0d\uff20]")  # \uff..: full-width forms of the same
@@ -32,11 +32,11 @@ FLAGS = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp") 
 
 
 def for_terminal(text: object, *, lines: bool = False) -> str:
-    r"""Text in one line in which a terminal finds no commands: ESC becomes `\x1b`, a line's end `\n`.
+    r"""Text in one line without terminal commands: ESC becomes `\x1b`, the end of a line `\n`.
 
     Args:
         text: any.
-        lines: leave ends of lines and tabs; for what the program itself has put together.
+        lines: keep ends of lines and tabs; for text that the program itself has put together.
     """
     text = str(text)
     if text.isprintable():
@@ -55,26 +55,26 @@ def escaped(char: str) -> str:
 
 
 def is_byte(char: str) -> bool:
-    """Whether this is how Python writes a byte of a file name that is no UTF-8."""
+    """Whether this is how Python writes a byte of a file name that is not UTF-8."""
     return "\udc80" <= char <= "\udcff"
 
 
 def for_markdown(text: object) -> str:
-    """Text in one line that Markdown, with tables and links of GitHub's kind or MLflow's, shows as it is."""
+    """Text in one line that Markdown (GitHub's and MLflow's) shows as it is, also in tables."""
     marked = "".join(MARKDOWN.get(char, char) for char in for_terminal(text))
-    return re.sub(r"(?<=\bwww)\.|:(?=//)", r"\\\g<0>", marked)  # addresses become links by themselves
+    return re.sub(r"(?<=\bwww)\.|:(?=//)", r"\\\g<0>", marked)  # addresses would become links
 
 
 def for_latex(text: object) -> str:
-    """Text in one line that LaTeX sets as it is, as a cell of a table too."""
+    """Text in one line that LaTeX sets as it is, also as a cell of a table."""
     marked = "".join(LATEX.get(char, char) for char in for_terminal(text))
-    marked = re.sub(r"^[\[*]", r"{\g<0>}", marked)  # to the line's end before it an option
+    marked = re.sub(r"^[\[*]", r"{\g<0>}", marked)  # after a line's end, LaTeX would read an option
     marked = marked.replace("±", "$\\pm$")
     return re.sub(r"(?<![\w.-])([+-])(?=\d)", r"$\1$", marked)
 
 
 def for_csv(value: object) -> object:
-    """A cell that spreadsheets do not take for a formula; numbers, also those in text, stay as they are."""
+    """A cell that spreadsheets do not read as a formula; numbers, also as text, stay as they are."""
     if not isinstance(value, str) or NUMBER.fullmatch(value):
         return value
     text = for_terminal(value)
@@ -82,7 +82,7 @@ def for_csv(value: object) -> object:
 
 
 def for_shell(words: Iterable[str]) -> str:
-    """A command in one line that a shell (bash, zsh, ksh) takes apart into these very words."""
+    """A command in one line that a shell (bash, zsh, ksh) splits into exactly these words."""
     return " ".join(map(for_shell_word, words))
 
 
@@ -104,14 +104,14 @@ def in_bytes(char: str) -> str:
 
 
 def composed(names: Iterable[str]) -> list[str]:
-    """Names to be compared: in one of the several ways in which Unicode writes the same letters down."""
+    """Names in Unicode's composed form (NFC), so that equal ones compare equal."""
     return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def okddip_command(typed: str) -> list[str] | None:
-    """The words of a command line that calls this program and nothing else; None if it is another.
+    """The words of a command line that calls this program and nothing else; None if it does not.
 
-    What others have written down as the command of a run may be any text.
+    The command of a run in a shared store may be any text.
     """
     try:
         program, *arguments = shlex.split(typed)
@@ -129,9 +129,9 @@ def okddip_command(typed: str) -> list[str] | None:
 
 
 class LogFormatter(logging.Formatter):
-    """Lets no message command a terminal, whoever wrote what is quoted in it.
+    """Escapes terminal commands in messages, which may quote text of other people.
 
-    Ends of lines stay, as many messages are tables: what is quoted in those goes through `for_terminal`.
+    Ends of lines stay, as many messages are tables; text that is quoted there goes through `for_terminal`.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -139,7 +139,7 @@ class LogFormatter(logging.Formatter):
 
 
 def show_whatever_comes() -> None:
-    """Let the terminal's encoding cost no output: what it lacks is shown as Python would write it."""
+    """Print characters that the terminal's encoding lacks as Python escapes them, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

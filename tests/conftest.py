@@ -19,8 +19,10 @@ from omegaconf import DictConfig, open_dict
 from PIL import Image
 
 from okddip.assembly import CONFIG_HOME, make
-from okddip.main import cli
+from okddip.main import build, cli
 from okddip.methods.base import Method
+from okddip.run.parts import Parts
+from okddip.tasks.benchmark.synthetic import DataShape, with_synthetic_images
 
 pytest_plugins = "mlflow_stores"
 
@@ -53,6 +55,17 @@ def configured() -> Callable[..., DictConfig]:
         return config
 
     return configure
+
+
+@pytest.fixture
+def synthetic_parts(configured: Callable[..., DictConfig]) -> Callable[..., Parts]:
+    """Build what a command line describes, on small synthetic images."""
+
+    def build_parts(*overrides: str) -> Parts:
+        config = configured("tracking=none", "trainer.device=cpu", *overrides)
+        return build(with_synthetic_images(config, DataShape((8, 8), 3, 10), {}))
+
+    return build_parts
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def gradients(overrides: list[str]) -> list[tuple[float, dict[str, Tensor]]]:
     parts.optimizer.register_step_pre_hook(
         lambda *_: taken.append({name: parameter.grad.clone() for name, parameter in named.items()})
     )
-    share = Share(distributed.rank(), distributed.ranks())
+    share = Share(distributed.rank(), distributed.world_size())
     step = trainer.train_step(group, method, parts.optimizer, parts.dataset)
     loader = parts.dataset.train_loader(trainer.batch_size, trainer.device, 0, share=share)
     losses = []

@@ -19,6 +19,7 @@ from PIL import Image
 
 from okddip import distributed
 from okddip.data.loader import Share
+from okddip.distributed.store import join
 from okddip.training import checkpoint
 
 Okddip = Callable[..., Answer]
@@ -180,7 +181,7 @@ def test_a_signal_to_torchrun_ends_all_ranks_and_marks_the_run_killed(
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """ImageNet's folders, one file of which is no image; which rank meets it hangs on the seed alone."""
+    """ImageNet's folders, one file of which is not an image; the seed decides which rank reads it."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for name in ("cat", "dog"):
@@ -218,7 +219,7 @@ def test_streamed_images_that_a_rank_leaves_out_hold_no_other_up(images: Path) -
     )
     assert answer.code == 0, answer.err
     assert "epoch 2/2" in answer.out
-    assert answer.out.count("cat/3.jpg: is no image") == 2  # once an epoch, whichever rank had it
+    assert answer.out.count("cat/3.jpg: is not an image") == 2  # once an epoch, on whichever rank
 
 
 @pytest.mark.slow
@@ -231,10 +232,10 @@ import datetime
 import sys
 import time
 from okddip import distributed
-distributed.TIMEOUT = datetime.timedelta(seconds=8)
+distributed.group.TIMEOUT = datetime.timedelta(seconds=8)
 with distributed.process_group():
     found = distributed.from_rank_0(lambda: time.sleep(10) or "teacher")
-    with distributed.first_on_this_machine():
+    with distributed.local_rank_0_first():
         time.sleep(10 if distributed.rank() == 0 else 0)
     found = distributed.from_rank_0(lambda: "and") and found
     sys.stdout.write(f"{distributed.rank()} {found}\\n")  # in one piece, unlike print
@@ -256,7 +257,7 @@ def test_what_is_wrong_with_another_rank_alone_is_said(tmp_path: Path) -> None:
 import sys
 from okddip import distributed
 from okddip.main import cli
-distributed.PATIENCE = 4
+distributed.output.SECONDS_BEFORE_EXIT = 4
 if distributed.rank() == 1:
     sys.argv.append("trainer.batchsize=96")
 cli()
@@ -355,16 +356,16 @@ def test_a_split_without_a_readable_image_is_named_by_ranks_too(images: Path) ->
 
 
 def test_a_failure_elsewhere_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = torch.distributed.HashStore()
+    monkeypatch.setattr("okddip.distributed.store._joined", [])
     assert not distributed.another_failed()
-    monkeypatch.setattr(distributed, "_stores", [store])
+    group = join(torch.distributed.HashStore())
     assert not distributed.another_failed()
-    assert distributed.note_failure(store) == 0
+    assert group.record_failure() == 0
     assert not distributed.another_failed()  # it was this rank
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert distributed.another_failed()
-    assert distributed.note_failure(store) == 0
+    assert group.record_failure() == 0
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_an_exception_after_a_signal_is_a_consequence_of_it() -> None:
 def test_a_signal_whose_exception_was_dropped_is_answered_when_it_comes_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("okddip.signals.SAME_REQUEST", 0.0)
+    monkeypatch.setattr("okddip.signals.SAME_REQUEST_SECONDS", 0.0)
 
     class Destructor:
         def __del__(self) -> None:

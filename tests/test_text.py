@@ -114,7 +114,7 @@ def test_classes_and_files_called_so_pass_through_all_tasks(okddip: Okddip, tmp_
         bad = tmp_path / "images" / "test" / CLASSES[number] / f"{ACTING[number]}\n{CLASSES[3]}.png"
         bad.write_bytes(b"no image")
         outputs.append(okddip(*small, "hydra.run.dir=other"))
-        assert "is no image" in outputs[-1].err
+        assert "is not an image" in outputs[-1].err
         assert "\nb" not in outputs[-1].err
         bad.unlink()
     for answer in outputs:

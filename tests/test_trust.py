@@ -25,7 +25,7 @@ from okddip.checks import check
 from okddip.errors import ConfigError
 from okddip.models.group import PeerGroup
 from okddip.plain_data import plain
-from okddip.tasks.benchmark.task import Shape, with_synthetic_images
+from okddip.tasks.benchmark.synthetic import DataShape, with_synthetic_images
 from okddip.tasks.report.reproduce import parse_configuration
 from okddip.tracking.tracker import MLflow
 from okddip.training import checkpoint
@@ -394,7 +394,7 @@ def test_class_names_of_a_teacher_are_none_of_the_benchmarks_configuration(
 ) -> None:
     names = ["${oc.env:TOKEN}", "???", "\\${x}", "$5", '"']
     learned = {"classes": names, "mean": [0.5], "std": [0.5]}
-    config = with_synthetic_images(configured(*SMALL), Shape((8, 8), 1, len(names)), learned)
+    config = with_synthetic_images(configured(*SMALL), DataShape((8, 8), 1, len(names)), learned)
     assert make("dataset", config.dataset).classes == tuple(names)
 
 

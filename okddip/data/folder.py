@@ -26,12 +26,14 @@ from okddip.text import composed, for_terminal
 
 log = logging.getLogger(__name__)
 
-# what Pillow may recognise; its other readers are slow, rare or start other programs
+# that Pillow may read; its other readers are slow, rare or start other programs
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 CACHE_VERSION = 2  # raise when decoding changes: older caches are then decoded anew
 SMALL = 64 * 64  # pixels
 MOST_ELONGATED = 16  # of the sides of an image that is scaled whole
-ABANDONED_SECONDS = 3600.0  # after its last change, a file that is being written is nobody's any more
+ABANDONED_SECONDS = (
+    3600.0  # after its last change, a temporary file is left over from a process that was killed
+)
 CHUNK = 256  # files a thread decodes at a time
 
 
@@ -47,12 +49,12 @@ class Listing(NamedTuple):
 def scan(root: Path, splits: Sequence[str]) -> Listing:
     """List root/SPLIT/CLASS/*, following links and ignoring what is hidden.
 
-    A class is the name of its folder in Unicode's composed form (NFC): file systems and archives write one
-    and the same name down in several ways.
+    A class is the name of its folder in Unicode's composed form (NFC), since file systems and archives
+    encode the same name in several ways.
 
     Raises:
         ConfigError: a folder is missing, unreadable or empty, a class is in one split only or has two folders
-            in one, or something is not where it belongs.
+            in one, or something else lies where only folders or images belong.
     """
     if not root.is_dir():
         raise ConfigError(f"dataset.root={root}: there is no such folder.")
@@ -68,20 +70,20 @@ def scan(root: Path, splits: Sequence[str]) -> Listing:
                 ) from error
             if not is_folder:
                 raise ConfigError(
-                    f"{for_terminal(entry.path)}: is no folder; images belong into {root / split}/CLASS/."
+                    f"{for_terminal(entry.path)}: is not a folder; images belong into {root / split}/CLASS/."
                 )
             try:
                 entry.name.encode()
             except UnicodeEncodeError:  # reports and exported networks could not name it
                 name = ascii(os.fsencode(entry.name))
                 raise ConfigError(
-                    f"{root / split}: the class {name} has a name that is no UTF-8; rename it."
+                    f"{root / split}: the class {name} has a name that is not UTF-8; rename it."
                 ) from None
             [name] = composed([entry.name])
             if name in folders[split]:
                 raise ConfigError(
-                    f"{root / split}: two folders are called {for_terminal(name)}, in two ways to write the"
-                    " same letters (Unicode's NFC and NFD). Move their images into one."
+                    f"{root / split}: two folders are called {for_terminal(name)}, in two encodings of"
+                    " the same letters (Unicode's NFC and NFD). Move their images into one."
                 )
             folders[split][name] = entry.name
         if not found:
@@ -129,7 +131,7 @@ def _stamp(entry: os.DirEntry[str]) -> bytes:
         stat = entry.stat()
         if not entry.is_file():
             raise ConfigError(
-                f"{for_terminal(entry.path)}: is no file; images lie directly in the folder of their class."
+                f"{for_terminal(entry.path)}: is not a file; images belong into the folder of their class."
             )
     except OSError as error:
         raise ConfigError(f"{for_terminal(entry.path)}: cannot be read ({error.strerror}).") from error
@@ -153,12 +155,11 @@ def read_image(path: str, channels: int = 3) -> Image.Image:
             return convert(file, channels)
     except Image.UnidentifiedImageError as error:
         raise ConfigError(
-            f"{for_terminal(path)}: is no image, or its beginning is damaged (known formats:"
+            f"{for_terminal(path)}: is not an image, or its beginning is damaged (known formats:"
             f" {', '.join(FORMATS)}); remove or replace it."
         ) from error
-    except (
-        Exception
-    ) as error:  # damaged files make Pillow's readers raise SyntaxError, struct.error, zlib.error...
+    # damaged files make Pillow's readers raise SyntaxError, struct.error, zlib.error...
+    except Exception as error:
         raise ConfigError(
             f"{for_terminal(path)}: cannot be decoded ({error}); remove or replace it."
         ) from error
@@ -196,7 +197,7 @@ def scale_and_crop(image: Image.Image, shorter: int, size: tuple[int, int]) -> I
     """Scale an image until its shorter side is `shorter`, and crop (height, width) at its centre.
 
     The pixels are those of torchvision's `Resize` and `CenterCrop`. Of a very long image only the middle is
-    scaled, more than is kept of it: the whole of 1x20,000 pixels would become 256x5,120,000.
+    scaled: all of 1x20,000 pixels would become 256x5,120,000.
     """
     longest = MOST_ELONGATED * min(image.size)
     if max(image.size) > longest:
@@ -214,7 +215,7 @@ def crop_at_centre(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def check_memory(description: str, shape: tuple[int, int, int, int]) -> None:
-    """Refuse [N, H, W, C] bytes that are more than the memory of this machine.
+    """Refuse images of a shape [N, H, W, C] that do not fit into the memory of this machine.
 
     Raises:
         ConfigError: says how much there is.
@@ -237,7 +238,7 @@ def decode(files: Sequence[str], size: tuple[int, int] | None, channels: int, de
         size: (height, width) to which images are scaled, the shorter side exactly and the longer one cropped
             at its centre; None takes them as they are, all of one size.
         channels: 3 (RGB) or 1 (grey).
-        description: what the progress bar says; may quote any text.
+        description: label of the progress bar; any text.
 
     Raises:
         ConfigError: a file cannot be read or has another size than the first; it is named.
@@ -330,7 +331,7 @@ def _load(path: Path, stamp: str) -> dict[str, Tensor] | None:
         cached = torch.load(path, mmap=True, weights_only=True)
     except FileNotFoundError:
         return None
-    except Exception as error:  # whatever a damaged file causes, the images can be decoded again
+    except Exception as error:  # a damaged file can cause any; the images can be decoded again
         log.warning("%s cannot be read (%s); decoding the images again.", path, error)
         return None
     return cached["images"] if cached["stamp"] == stamp else None
@@ -340,8 +341,8 @@ def _save(path: Path, content: dict[str, Any]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.stem}-*"):  # by a process that was killed while it wrote
-            with suppress(FileNotFoundError):  # or of one that has just come to its end
+        for left in path.parent.glob(f".{path.stem}-*"):  # left over from a process that was killed
+            with suppress(FileNotFoundError):  # another process has just removed or renamed it
                 if left.stat().st_mtime < time.time() - ABANDONED_SECONDS:
                     left.unlink()
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", delete=False) as file:
@@ -349,11 +350,11 @@ def _save(path: Path, content: dict[str, Any]) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)  # whole or not at all, also when several runs decode at once
+        temporary.replace(path)  # atomic, also when several runs decode at once
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         log.warning(
             "dataset.cache_dir=%s: cannot be written (%s); the next run decodes again.", path.parent, error
         )
-    finally:  # a signal too may have broken it off
+    finally:  # also after a signal
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -9,10 +9,10 @@ from okddip.text import for_terminal
 
 
 def stratified_order(labels: np.ndarray) -> np.ndarray:
-    """Order all indices so that every prefix holds each class in proportion, as nearly as can be.
+    """Order all indices so that every prefix holds each class in proportion, as nearly as possible.
 
-    The order is random within a class but fixed: it knows no seed of a run. Parts taken as prefixes
-    are nested, the first 1,000 images are among the first 5,000.
+    The order is random within a class but fixed: it does not depend on the run's seed. Prefixes are nested:
+    the first 1,000 images are among the first 5,000.
 
     Args:
         labels: integers [N].
@@ -42,7 +42,7 @@ def hold_out(
         train_size: how many of the other images to keep, None for all.
 
     Raises:
-        ConfigError: `train_size` is larger than what there is, or a part would lack a class.
+        ConfigError: `train_size` is larger than the training set, or a part would lack a class.
     """
     order = stratified_order(labels)
     held = round(validation * len(labels))

@@ -27,7 +27,7 @@ from okddip.data.loader import ALL, Batches, Share, batch_seed, seed_of
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
 from okddip.errors import ConfigError, check_choice
-from okddip.signals import leave_signals_to_the_parent, stops_deferred
+from okddip.signals import ignore_signals_in_worker, stops_deferred
 from okddip.text import for_terminal
 
 log = logging.getLogger(__name__)
@@ -37,19 +37,20 @@ class StreamingDataset:
     """root/train/CLASS/* and root/val/CLASS/* (ImageNet's folders; val is the test split), in RGB.
 
     Training images are random resized crops (area 8% to 100%, aspect ratio 3/4 to 4/3), flipped at random;
-    test images are scaled until their shorter side is `resize` and cropped at the centre. The same public
-    face as `okddip.data.dataset.Dataset`; the constructor's arguments are the keys of the config group.
+    test images are scaled until their shorter side is `resize` and cropped at the centre. Has the
+    attributes and methods of `okddip.data.dataset.Dataset`; the constructor's arguments are the keys of the
+    config group.
 
     Args:
         name, root, train_size, validation, mean, std, flip: as there; mean and std must be given.
         image_size: of the crops, one number.
         resize: see above; at least `image_size`.
-        workers: processes that decode, at most one a core; 0 decodes in the training process. Changes no
-            number.
-        bad_images: what an image that cannot be read does: "refuse" ends the run naming it, "skip" leaves it
-            out of its batch, warns, and counts it in the loader's `skipped`.
-        pad, on_device, cache_dir, device_share: of data sets in memory; only None, False and any folder and
-            number are allowed.
+        workers: processes that decode, at most one a core; 0 decodes in the training process. The images
+            are the same for any number.
+        bad_images: for an image that cannot be read: "refuse" ends the run with its name, "skip" leaves it
+            out of its batch, logs a warning, and counts it in the loader's `skipped`.
+        pad, on_device: for data sets in memory; only None and False are allowed.
+        cache_dir, device_share: for data sets in memory; ignored.
 
     Raises:
         ConfigError: a value is not allowed, or a folder is not as it should be.
@@ -90,11 +91,11 @@ class StreamingDataset:
                 "bad_images": bad_images,
             }
         )
-        self._check_alone(image_size, resize, mean, pad, on_device)
+        self._check_streamed(image_size, resize, mean, pad, on_device)
         folder = Path(root).expanduser()
         listing = scan(folder, ("train", "val"))
         train, val = hold_out(listing.labels["train"], listing.classes, validation, train_size)
-        # as bytes: workers would copy the memory of a million Python strings by counting references
+        # as bytes: counting references to Python strings would copy their memory in each worker
         files = {
             split: np.array([os.fsencode(path) for path in paths]) for split, paths in listing.files.items()
         }
@@ -109,7 +110,7 @@ class StreamingDataset:
         self.image_size = (image_size, image_size)
         self.sizes = {split: len(part.labels) for split, part in self.splits.items()}
         self.mean, self.std = tuple(mean), tuple(std)
-        cores = len(os.sched_getaffinity(0)) // distributed.ranks_on_this_machine()
+        cores = len(os.sched_getaffinity(0)) // distributed.local_world_size()
         self.workers = min(workers, max(1, cores))
         self.bad_images = bad_images
         self.train_transform = v2.Compose(
@@ -118,10 +119,10 @@ class StreamingDataset:
         self.test_transform = partial(scale_and_crop, shorter=resize, size=self.image_size)
 
     @staticmethod
-    def _check_alone(
+    def _check_streamed(
         image_size: object, resize: int, mean: Sequence[float] | None, pad: object, on_device: object
     ) -> None:
-        """What is allowed for data sets in memory, and not here."""
+        """Refuse what only data sets in memory allow."""
         if not isinstance(image_size, int) or resize < image_size:
             raise ConfigError(
                 f"dataset.image_size={image_size}, dataset.resize={resize}: a streamed data set needs one "
@@ -138,7 +139,7 @@ class StreamingDataset:
             )
 
     def digest(self, split: str) -> str:
-        """Of the files' names and labels in a split, without the folder; images are not read for it."""
+        """A digest of the names and labels of a split's files, without the folder; reads no image."""
         paths, labels = self.splits[split]
         digest = hashlib.blake2b(repr(self.classes).encode(), digest_size=8)
         digest.update(labels.tobytes())
@@ -155,7 +156,7 @@ class StreamingDataset:
         share: Share = ALL,
         drop_last: bool = False,
     ) -> "StreamingLoader":
-        """Shuffled, augmented batches of the training images; of each batch a share. See `TrainLoader`."""
+        """Shuffled, augmented batches of the training images, or a share of each. See `TrainLoader`."""
         return StreamingLoader(
             self,
             self.splits["train"],
@@ -176,7 +177,7 @@ class StreamingDataset:
         channels_last: bool = False,
         share: Share = ALL,
     ) -> "StreamingLoader":
-        """Batches of a split ("train", "test" or "val") in order, without augmentation; a share of each."""
+        """Batches of a split ("train", "test" or "val") in order, not augmented, or a share of each."""
         check_choice("split", split, self.splits)
         return StreamingLoader(
             self,
@@ -196,7 +197,7 @@ class Files(NamedTuple):
 
 
 class StreamingLoader:
-    """Batches decoded ahead by workers, copied to the device without a wait and normalised there.
+    """Batches that workers decode ahead; they are copied asynchronously to the device and normalised there.
 
     Args:
         seed: None for all images in order.
@@ -236,7 +237,7 @@ class StreamingLoader:
     def batches(self, epoch: int = 0) -> Batches:
         """Images [B, 3, H, W] float32 and labels [B] of one epoch (counted from 0), on the device.
 
-        Workers decode as long as it is not closed.
+        Workers decode until it is closed.
 
         Raises:
             ConfigError: an image cannot be read and `bad_images` is "refuse".
@@ -246,9 +247,9 @@ class StreamingLoader:
             batch_sampler=self._draws(epoch),
             collate_fn=_collate,
             num_workers=self.workers,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=ignore_signals_in_worker,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # or it would draw from the default one, which dropout uses
+            generator=torch.Generator(),  # else it would draw from the default generator, which dropout uses
         )
         with closing(self._decoded(loader)) as decoded:
             for images, labels, errors in decoded:
@@ -271,32 +272,34 @@ class StreamingLoader:
         others = set(multiprocessing.active_children())
         batches = None
         try:
-            with stops_deferred():  # Python drops what is raised while a process forks
+            with stops_deferred():  # Python drops an exception that is raised while a process forks
                 batches = iter(loader)
             if threading.current_thread() is threading.main_thread():
-                # PyTorch's handler would raise for a dead worker wherever training is just then
+                # PyTorch's handler would raise for a dead worker at any point of the training
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield from batches
         except (RuntimeError, OSError, EOFError) as error:
             if isinstance(error, RuntimeError) and "worker" not in str(error):
                 raise
-            # killed for want of memory, in most cases
+            # in most cases it was killed because memory was full
             raise ConfigError(
                 f"dataset.workers={self.workers}: a process that decodes images has died, or could not start"
                 f" ({(str(error) or type(error).__name__).splitlines()[0]}). Is memory or"
-                " /dev/shm full? Fewer workers need less. The last checkpoint is whole; go on with"
+                " /dev/shm full? Fewer workers need less. The last checkpoint is whole; resume with"
                 " trainer.resume=auto."
             ) from error
         finally:
-            # ends the workers, unless a traceback holds it; they would then outlive the end of this process,
-            # which waits for them, as they answer no signal
+            # This ends the workers, unless a traceback refers to it. They ignore signals, and this process
+            # would wait for them when it ends.
             del batches
             for worker in set(multiprocessing.active_children()) - others:
                 worker.kill()
 
     def _draws(self, epoch: int) -> Iterator[list["Draw"]]:
-        """What each batch consists of. An image's draws hang on its place in the epoch, neither on the worker
-        that decodes it nor on the rank."""
+        """The images of each batch with their seeds.
+
+        A seed depends on the image's place in the epoch, not on the worker that decodes it or on the rank.
+        """
         order = torch.arange(self.size)
         if self.seed is not None:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
@@ -317,7 +320,7 @@ class Draw(NamedTuple):
 
 
 class _Samples(MapDataset):
-    """Decoded and transformed images; one that cannot be read is returned as what is wrong with it."""
+    """Decoded and transformed images; for one that cannot be read, the error message."""
 
     def __init__(self, files: Files, transform: Callable[[Image.Image], Image.Image]) -> None:
         self.files = files
@@ -330,7 +333,7 @@ class _Samples(MapDataset):
         path = os.fsdecode(self.files.paths[draw.image])
         try:
             image = read_image(path)
-            # the transforms draw from the default generator; without workers it is the training's own
+            # the transforms draw from the default generator, which without workers is that of the training
             with torch.random.fork_rng(devices=[], enabled=draw.seed is not None):
                 if draw.seed is not None:
                     torch.manual_seed(draw.seed)

@@ -1,4 +1,4 @@
-"""What lets a data set's accuracies say less than they seem to."""
+"""Weaknesses of a data set's splits that make accuracies misleading."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 def weaknesses(dataset: "Dataset", *, overlap: bool = True) -> list[str]:
-    """Sentences on what is wrong with a data set's splits, though a run can be done with it.
+    """A sentence for each weakness of a data set's splits; a run is possible all the same.
 
     Args:
-        dataset: one of a user's own may keep no `splits`, and a streamed one keeps no images: what cannot be
-            seen without reading files is not looked for.
-        overlap: look for test and validation images that are training images too. That takes about as long
-            as the digests of the splits: a third of a second for CIFAR-10.
+        dataset: a user's own may have no `splits`, and a streamed one keeps no images; checks that would have
+            to read files are left out.
+        overlap: also look for test and validation images that are training images too, which takes a third
+            of a second for CIFAR-10.
     """
     splits = getattr(dataset, "splits", {})
     classes, name = dataset.classes, dataset.name
     if len(classes) == 1:
-        return [f"dataset {name}: has 1 class, so every accuracy is 100 %, whatever is learned."]
+        return [f"dataset {name}: has 1 class, so every accuracy is 100 %."]
     found = []
     for split, part in splits.items():
         present = np.unique(np.asarray(part.labels))
@@ -42,7 +42,7 @@ def weaknesses(dataset: "Dataset", *, overlap: bool = True) -> list[str]:
         if shared := sum(word in known for word in words(part.images)):
             found.append(
                 f"dataset {name}: {shared:,} of the {len(part.labels):,} {noun(split)} images are training"
-                " images too, pixel for pixel, so the accuracy there is partly learned by heart."
+                " images too, pixel for pixel, so the accuracy there is partly memorised."
             )
     return found
 

@@ -151,7 +151,7 @@ class Run:
 def current_jobs() -> set[str]:
     """What stays the same when Slurm requeues or torchrun restarts this process; empty for neither."""
     slurm = os.environ.get("SLURM_JOB_ID")
-    return {*distributed.agents(), *([f"{SLURM}{slurm}"] if slurm else [])}
+    return {*distributed.torchrun_agents(), *([f"{SLURM}{slurm}"] if slurm else [])}
 
 
 def restarted_jobs() -> set[str]:
@@ -161,5 +161,5 @@ def restarted_jobs() -> set[str]:
     are ranks, its count is not asked.
     """
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    restarted = distributed.ranks() > 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    restarted = distributed.world_size() > 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     return {job for job in current_jobs() if (requeued if job.startswith(SLURM) else restarted)}

@@ -68,7 +68,7 @@ def run_summary(config: DictConfig, parts: Parts) -> dict[str, str]:
     peers = f"{method.peers} peers ({method.structure})" if method.peers > 1 else "1 student"
     sizes = ", ".join(f"{size:,} {split}" for split, size in dataset.sizes.items())
     height, width = dataset.image_size
-    ranks = f" and {distributed.ranks() - 1} more" if distributed.ranks() > 1 else ""
+    ranks = f" and {distributed.world_size() - 1} more" if distributed.world_size() > 1 else ""
     compiled = f", compiled ({trainer.compile_mode})" if trainer.compile else ""
     images = f"images of {dataset.channels}x{height}x{width}"
     return {

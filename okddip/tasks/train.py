@@ -47,7 +47,7 @@ def train(
         Top-1 of the primary predictor after the last epoch, in percent.
     """
     versions = {"okddip": __version__, "torch": torch.__version__}
-    distributed.agree(versions | identifying_settings(config))
+    distributed.check_ranks_agree(versions | identifying_settings(config))
     folder = teacher_folder or Path(HydraConfig.get().runtime.output_dir)
     hint: AbstractContextManager[list[Run]] = (
         nullcontext([]) if teacher_folder else resume_hint_if_stopped(config)
@@ -85,7 +85,9 @@ def open_on_all_ranks(config: DictConfig, folder: Path, *, patient: bool) -> Ite
 def agreed_digests(dataset: Dataset) -> dict[str, str]:
     """The digests of the splits of a data set, which all ranks must find the same."""
     digests = {split: dataset.digest(split) for split in dataset.sizes}
-    distributed.agree({f"the digest of its {split} images": digest for split, digest in digests.items()})
+    distributed.check_ranks_agree(
+        {f"the digest of its {split} images": digest for split, digest in digests.items()}
+    )
     return digests
 
 

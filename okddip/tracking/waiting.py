@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from okddip.signals import stop_if_asked
+from okddip.signals import raise_deferred_stop
 
 if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --help` has no use for it
     import mlflow
@@ -76,8 +76,8 @@ class InterruptibleClient:
     def _call(self, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
         answer = call_in_thread(partial(method, *given, **named))
         while not wait([answer], timeout=0.1).done:
-            stop_if_asked()
-        stop_if_asked()
+            raise_deferred_stop()
+        raise_deferred_stop()
         return answer.result()
 
 

@@ -37,7 +37,7 @@ def find_device(name: str, choose_gpu: Callable[[int], int | None] = lambda gpus
     if device.type == "cpu":
         return device
     gpus = torch.cuda.device_count()
-    if distributed.ranks() > 1:
+    if distributed.world_size() > 1:
         device = device_of_rank(name, device, gpus)
     if (device.index or 0) >= gpus:
         raise ConfigError(

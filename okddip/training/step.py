@@ -97,7 +97,7 @@ class TrainStep:
             Sums over the share.
         """
         parts = parts_of(len(labels), self.accumulate)
-        if parts == 1 and not distributed.is_synchronised(self.forward):
+        if parts == 1 and not distributed.is_data_parallel(self.forward):
             loss, sums = self.forward(images, labels, ramp)
             self.scaler.scale(loss).backward()
         else:
@@ -117,12 +117,12 @@ class TrainStep:
         Each part's mean loss is weighted by its images, so that the gradient is that of the whole batch.
         """
         weight: Tensor | float = 1 / max(len(labels), 1)
-        if distributed.is_synchronised(self.forward):
+        if distributed.is_data_parallel(self.forward):
             weight = weight * distributed.weight_of_share(len(labels), images.device)
         chunks = list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
         sums = None
         for number, (some_images, some_labels) in enumerate(chunks, 1):
-            with distributed.unsynchronised(self.forward) if number < parts else nullcontext():
+            with distributed.no_sync(self.forward) if number < parts else nullcontext():
                 loss, chunk_sums = self.forward(some_images, some_labels, ramp)
                 self.scaler.scale(loss * (weight * len(some_labels))).backward()
             sums = metrics.accumulate(sums, chunk_sums)

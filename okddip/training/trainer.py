@@ -130,12 +130,12 @@ class Trainer:
         Raises:
             ConfigError: names the settings that do not go together.
         """
-        parts = distributed.ranks() * self.accumulate
+        parts = distributed.world_size() * self.accumulate
         if self.batch_size % parts or self.batch_size // parts < 2:
             raise ConfigError(
                 f"trainer.batch_size={self.batch_size}: must be divisible by ranks x trainer.accumulate ="
-                f" {distributed.ranks()} x {self.accumulate}, and leave at least 2 images for each part. It"
-                " counts the images of an update, over all ranks."
+                f" {distributed.world_size()} x {self.accumulate}, and leave at least 2 images for each part."
+                " It counts the images of an update, over all ranks."
             )
         if self.accumulate > 1 and self.sync_batch_norm:
             raise ConfigError(
@@ -224,7 +224,7 @@ class Trainer:
                     results |= self.evaluate_epoch(group, method, eval_step, loader, ramp, epoch, split)
             else:  # its last step may have ruined the weights, and no loss has told of it
                 self.evaluate_epoch(group, method, eval_step, loaders[judge], ramp, epoch, judge, most=1)
-            distributed.pass_on_warnings()
+            distributed.log_warnings_of_all_ranks()
 
             timestamp_ms, results, is_best = history.add(epoch, results)
             log.info(history.line(epoch, self.epochs, results))
@@ -266,7 +266,7 @@ class Trainer:
         forward = self.forward_step(group, method, self.train_images(dataset), diversity=False)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         return TrainStep(
-            distributed.synchronise(forward) if average else forward,
+            distributed.data_parallel(forward) if average else forward,
             optimizer,
             scaler,
             accumulate=self.accumulate,
@@ -375,14 +375,14 @@ class Trainer:
     def progress(self, batches: Batches, length: int, name: str) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
         """Batches up to the limit; with a progress bar in a terminal."""
         length = min(length, self.limit_batches or length)
-        hidden = distributed.no_bar()
+        hidden = distributed.hide_progress_bar()
         with closing(batches):  # whatever a traceback holds: workers that decode would outlive it
             yield tqdm(islice(batches, length), desc=name, total=length, leave=False, disable=hidden)
 
 
 def own_share() -> Share:
     """What this rank takes of each batch."""
-    return Share(distributed.rank(), distributed.ranks())
+    return Share(distributed.rank(), distributed.world_size())
 
 
 def keep(state: dict[str, Any], folder: Path, tracker: Tracker, *, new: bool, best: bool) -> None:

@@ -6,7 +6,7 @@ import torch
 from okddip.data.augment import normalization, normalize
 from okddip.data.loader import EvalLoader, TrainLoader, batch_seed, seed_of
 from okddip.data.sources import Split
-from okddip.tasks.benchmark.measure import Operators
+from okddip.tasks.benchmark.counting import OperatorCounter
 
 CPU = torch.device("cpu")
 CONSTANTS = normalization([0.5] * 3, [0.25] * 3, CPU)
@@ -99,7 +99,7 @@ def test_batches_come_in_the_memory_format_that_was_asked_for(channels_last: boo
 
 @pytest.mark.parametrize("loader", [train_loader(), EvalLoader(SPLIT, 16, CPU, CONSTANTS)])
 def test_the_host_reads_nothing_while_batches_are_made(loader: TrainLoader | EvalLoader) -> None:
-    with Operators() as watch:
+    with OperatorCounter() as watch:
         for _ in loader.batches(0):
             pass
     assert watch.total > 0
@@ -108,7 +108,7 @@ def test_the_host_reads_nothing_while_batches_are_made(loader: TrainLoader | Eva
 
 def test_the_watch_finds_reads() -> None:
     values = torch.arange(4)
-    with Operators() as watch:
+    with OperatorCounter() as watch:
         values.sum().item()
         values[values > 2]
         values.to("meta")

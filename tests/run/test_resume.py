@@ -687,7 +687,7 @@ def test_an_evaluation_is_stopped_by_a_signal_too(
     okddip: Okddip, tmp_path: Path, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert okddip(*BARE, "hydra.run.dir=run").code == 0
-    monkeypatch.setattr("okddip.tasks.evaluate.measure", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("okddip.tasks.evaluate.task.measure", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert okddip("task=evaluate", "checkpoint=run").code == 143
     assert the_run(client).info.status == "KILLED"
 

@@ -15,7 +15,8 @@ from conftest import Answer
 from PIL import Image
 
 from okddip.data.sources import digits
-from okddip.tasks.evaluate import class_accuracy, count_confusion, draw_confusion
+from okddip.tasks.evaluate.measure import class_accuracy, count_confusion
+from okddip.tasks.evaluate.results import draw_confusion
 from okddip.training import checkpoint
 
 Okddip = Callable[..., Answer]

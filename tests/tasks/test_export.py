@@ -31,12 +31,13 @@ import okddip as package
 from okddip.assembly import make
 from okddip.data.sources import digits, image_folder
 from okddip.data.streaming import StreamingDataset
-from okddip.deployment.classifier import Classifier, Preprocessing
-from okddip.deployment.predictors import restore
+from okddip.deployment.classifier import Classifier
+from okddip.deployment.predictors import rebuild
+from okddip.deployment.preprocessing import Preprocessing
 from okddip.errors import ConfigError
 from okddip.models.backbone import Backbone
 from okddip.models.group import PeerGroup
-from okddip.tasks.train import export as exporting
+from okddip.tasks.export import task as exporting
 from okddip.training import checkpoint
 from okddip.trust import Trust
 
@@ -88,7 +89,7 @@ def randomize_statistics(module: nn.Module) -> None:
 
 def logits_in_training(state: dict[str, Any], images: Tensor) -> Tensor:
     """Of all peers, [P, B, K], by the group that was trained."""
-    group, _ = restore(state, Trust(), "run")
+    group, _ = rebuild(state, Trust(), "run")
     group.eval()
     with torch.no_grad():
         return group(images).logits
@@ -159,7 +160,7 @@ def test_the_ensemble_is_the_mean_of_the_auxiliary_peers(
     torch.testing.assert_close(program(images), ensemble, atol=1e-5, rtol=1e-5)
     [logits] = onnxruntime.InferenceSession("out/model.onnx").run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), ensemble, atol=1e-4, rtol=1e-4)
-    group, _ = restore(state, Trust(), "run")
+    group, _ = rebuild(state, Trust(), "run")
     assert parameters(loaded.network) == parameters(group) - parameters(group.peers[3])
 
 
@@ -221,14 +222,14 @@ def test_peers_are_judged_by_the_validation_set(okddip: Okddip, trained: Trained
         ),
         (["checkpoint=run", "export.formats=onnx"], "export.formats=onnx: must be a list of"),
         (["checkpoint=run", "export.formats=[]"], "export.formats=[]: must be a list of"),
-        (["checkpoint=run", "export.out=run"], "export.out=run: is there already"),
+        (["checkpoint=run", "export.out=run"], "export.out=run: exists already"),
         (["checkpoint=run", "export.out=text.pt/out"], "export.out=text.pt/out"),
         (["checkpoint=run", "method=dml"], "method: is settled by the checkpoint"),
         (["checkpoint=run", "dataset=digits"], "dataset: is settled by the checkpoint"),
         (["checkpoint=run", "export.formats=5"], "export.formats=5: must be a list of"),
         (["checkpoint=run", "export=null"], "export: is not in the configuration"),
         (["checkpoint=ruined.pt"], "holds numbers that are not finite (group: "),
-        (["checkpoint=huge.pt"], "answers with logits that are not finite"),
+        (["checkpoint=huge.pt"], "the logits of this network are not finite"),
     ],
 )
 def test_bad_input_is_refused_by_name(
@@ -407,7 +408,7 @@ def test_every_family_of_models_can_be_written_as_a_program_and_as_onnx(option: 
     size = max(32, network.minimum_size)
     preprocessing = Preprocessing((size, size), 3, None, (0.5,) * 3, (0.25,) * 3)
     classifier = Classifier(network, [str(i) for i in range(10)], preprocessing)
-    rows = exporting.write(classifier, {}, ["torch", "onnx"], tmp_path)
+    rows = exporting.write(classifier, {}, ["torch", "onnx"], tmp_path, Trust())
     assert len(rows) == 3
 
 

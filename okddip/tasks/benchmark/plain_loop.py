@@ -1,4 +1,4 @@
-"""The yardstick of the benchmark: the training loop as the field commonly writes it.
+"""What the benchmark compares with: a training loop as it is commonly written.
 
 Its structure is that of the authors' train_GL.py and utils.py: eager, single precision, contiguous images, a
 Python loop over the peers for losses and accuracies, each number read back with `.item()`, an optimizer that
@@ -27,7 +27,7 @@ from okddip.outputs import GroupOutput
 Result = tuple[Tensor, list[Tensor], list[Tensor]]
 
 
-class Reference:
+class PlainLoop:
     """Copies of a group and a method, trained by the plain loop.
 
     The losses of OKDDip are computed peer by peer, as its paper has them (attention, aggregated logits, KL);
@@ -85,14 +85,14 @@ class Reference:
 
     def losses(self, images: Tensor, labels: Tensor, ramp: Tensor) -> Result:
         logits, features, trunk, teacher = self.forward(images)
-        if isinstance(self.method, OKDDip) and is_the_authors(self.method):
+        if isinstance(self.method, OKDDip) and follows_the_paper(self.method):
             return okddip_losses(self.method, logits, features, labels, ramp)
         output = GroupOutput(torch.stack(logits), torch.stack(features), trunk, teacher)
         losses = self.method(output, labels, ramp)
         return losses.total, list(losses.parts.values()), list(losses.predictions.unbind())
 
 
-def is_the_authors(method: OKDDip) -> bool:
+def follows_the_paper(method: OKDDip) -> bool:
     """Whether `okddip_losses` computes what the method does."""
     usual = method.loss == "kl" and method.aggregate == "logits" and method.include_self
     return usual and not method.detach_targets

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from okddip.signals import stop_if_asked
+from okddip.signals import raise_deferred_stop
 from okddip.tasks.report import runs
 from okddip.tasks.report.compare import Comparison, Group
 from okddip.text import FIGURES, for_terminal
@@ -81,7 +81,7 @@ def write_figures(client: "MlflowClient", comparisons: Sequence[Comparison], fol
             for model in dict.fromkeys(group.settings["model"] for group in comparison.groups):
                 name = f"{comparison.dataset}-{model}"
                 for kind, figure in draw(comparison, model, of_run).items():
-                    stop_if_asked()
+                    raise_deferred_stop()
                     stem = file_name(f"{kind}-{name}", written)
                     for ending in ("png", "pdf"):
                         figure.savefig(folder / f"{stem}.{ending}", dpi=DPI)
