@@ -43,7 +43,7 @@ class Sweep:
             ConfigError: another sweep is running in this folder; its jobs' folders may have the same names.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / "sweep.lock")
+        lock = FileLock(self.folder / ".sweep.lock")
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
