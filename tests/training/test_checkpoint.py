@@ -131,6 +131,7 @@ from pathlib import Path
 from test_checkpoint import state
 from okddip.training import checkpoint
 from okddip.errors import ConfigError
+from okddip.files import append_line, write_text
 folder = Path(sys.argv[1])
 checkpoint.save(state(0), folder, best=True)
 append_line(folder / "metrics.jsonl", "one")

@@ -77,7 +77,7 @@ def reproducing_command(client: "MlflowClient", run_id: str, trust: Trust) -> st
     folders = config_folders(typed or [])
     try:
         command = for_shell(["okddip", *folders, *find_overrides(wanted)])
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises all three
         hint = f" It was started with {for_shell(folders)}: give that here too." if folders else ""
         raise ConfigError(f"report.run={run_id}: cannot be composed here. {error}{hint}") from None
     trust.check(wanted, f"report.run={run_id}: config.yaml")  # a command that names code runs it
