@@ -131,4 +131,4 @@ def test_going_on_and_training_anew_at_once_is_refused(okddip: Okddip) -> None:
     answer = okddip("-m", *SMALL, "seed=0,1", "trainer.rerun=true", "trainer.resume=auto", "tracking=none")
     assert answer.code == 1
     assert "2 jobs: 2 failed" in answer.out
-    assert "trainer.rerun=true, trainer.resume=auto: the one trains anew" in answer.out
+    assert "trainer.rerun=true, trainer.resume=auto: the first trains anew" in answer.out
