@@ -12,7 +12,7 @@ from omegaconf import DictConfig, open_dict
 
 from okddip.assembly import CONFIG_HOME
 from okddip.run.summary import run_params
-from okddip.tracking.outbox import CONTEXT
+from okddip.tracking.params import CONTEXT
 
 EPOCHS = 12
 
