@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -45,16 +45,9 @@ def identifying_value(key: str, value: str) -> str:
     return first_name(value) if key.endswith("_target_") else value
 
 
-def run_identity(config: DictConfig | dict[str, Any], lengths: Sequence[int] = ()) -> str:
-    """A short hash of `settings`: runs that are the same have the same.
-
-    Args:
-        config: of the run.
-        lengths: that it had before, see `lengths_before`.
-    """
-    known: dict[str, Any] = identifying_settings(config)
-    if lengths:
-        known["lengths"] = list(lengths)
+def run_identity(config: DictConfig | dict[str, Any]) -> str:
+    """A short hash of `identifying_settings`: runs that are the same have the same."""
+    known = identifying_settings(config)
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
