@@ -104,6 +104,7 @@ GROUPS = {
     group: sorted(path.stem for path in (CONFIG_HOME / "conf" / group).glob("*.yaml"))
     for group in ("method", "dataset", "optimizer", "scheduler", "tracking", "ablation", "task")
 } | {"model": ["resnet8", "vgg16", "torchvision"]}
+KEYS_OF_EXPERIMENTS = ("optimizer", "scheduler")  # groups of whose options experiments set keys
 SETS = [
     *(f"experiment={path.stem}" for path in sorted((CONFIG_HOME / "conf" / "experiment").glob("*.yaml"))),
     *(f"multirun_presets={path.stem}" for path in sorted((CONFIG_HOME / "multirun_presets").glob("*.yaml"))),
@@ -117,11 +118,12 @@ SETS = [
             settings,
             group,
             marks=()
-            if settings.startswith("experiment") and group in ("optimizer", "scheduler")
+            if settings.startswith("experiment") and group in KEYS_OF_EXPERIMENTS
             else pytest.mark.slow,
         )
         for settings in SETS
         for group in GROUPS
+        if settings.startswith("experiment") or group in KEYS_OF_EXPERIMENTS
     ],
 )
 def test_every_experiment_and_preset_takes_every_option_or_says_what_to_give(

@@ -62,7 +62,12 @@ def losses_in(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("baseline", "kd", "independent", "dml", "cl_ilr", "one", "okddip", "okddip-no_attention")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+)
 def test_a_run_gives_the_losses_that_it_gave_before(
     okddip: Callable[..., object], tmp_path: Path, name: str
 ) -> None:
