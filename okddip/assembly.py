@@ -1,9 +1,4 @@
-"""From a config node to an object, and whose word counts for which class that is.
-
-What the user composes is built as it stands. What a file brings along (a checkpoint, an export) anybody may
-have written: it must be plain data (`plain`) and name its classes from a list (`Trust`), and both are checked
-before anything is imported for it.
-"""
+"""From a config node to an object, with errors that name the key; and where the option files are."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from okddip.sweeps.environment import is_job
 from okddip.sweeps.finish import finish_sweep
 from okddip.sweeps.job import run_job
 from okddip.sweeps.joblib import choose_gpu
-from okddip.text import for_terminal, show_whatever_comes
+from okddip.text import for_terminal, replace_unencodable_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,7 @@ register_plugins()
 @hydra.main(version_base="1.3", config_path=str(CONFIG_HOME / "conf"), config_name="config")
 def main(config: DictConfig) -> Any:
     """Run the task of a composed configuration; returns what the task returns (a sweeper optimizes it)."""
-    show_whatever_comes()  # also in joblib's processes
+    replace_unencodable_output()  # also in joblib's processes
     with stop_on_signals():
         if HydraConfig.get().job.chdir:
             raise ConfigError(NO_CHDIR)
@@ -189,7 +189,7 @@ def build_group(
 
 def cli() -> None:
     """The console command: a run, a sweep or help."""
-    show_whatever_comes()
+    replace_unencodable_output()
     with stop_on_signals():
         try:
             with distributed.rank_0_speaks():

@@ -138,7 +138,7 @@ class LogFormatter(logging.Formatter):
         return for_terminal(super().format(record), lines=True)
 
 
-def show_whatever_comes() -> None:
+def replace_unencodable_output() -> None:
     """Print characters that the terminal's encoding lacks as Python escapes them, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

@@ -1,4 +1,4 @@
-"""Whose word counts for which class is called, where a file that anybody may have written names one.
+"""Which classes a file may name as its parts, where anybody may have written the file.
 
 A checkpoint or an export must be plain data (`plain`) and name its classes from a list (`Trust`), and both
 are checked before anything is imported for it.

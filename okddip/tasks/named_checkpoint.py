@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -11,9 +11,6 @@ from omegaconf import DictConfig
 from okddip.errors import ConfigError
 from okddip.run.references import find_checkpoint
 from okddip.training import checkpoint
-
-if TYPE_CHECKING:
-    pass
 
 
 def open_checkpoint(config: DictConfig) -> tuple[Path, dict[str, Any]]:

@@ -22,10 +22,10 @@ from okddip.run.identity import fingerprint, identifying_settings, run_identity
 from okddip.run.parts import Parts
 from okddip.run.same_run import check_same_data
 from okddip.run.summary import log_run_summary, run_note, run_params, tracked_splits
-from okddip.signals import is_stopping, stop_on_signals, stops_deferred
+from okddip.signals import stop_on_signals
 from okddip.sweeps.environment import is_job, job_tags, run_name, teacher_tags
-from okddip.tracking import tracker as tracking
 from okddip.tracking.address import without_credentials
+from okddip.tracking.status import tracked_to_the_end
 from okddip.version import __version__
 
 log = logging.getLogger(__name__)
@@ -172,25 +172,6 @@ def log_results(parts: Parts, run: Run, history: dict[str, dict[str, float]]) ->
         for path in (run.folder.path / name for name in ("last.pt", "best.pt", "metrics.jsonl")):
             if path.exists():  # a copied `last.pt` may have come alone
                 parts.tracker.log_artifact(path)
-
-
-@contextmanager
-def tracked_to_the_end(tracker: tracking.MLflow | tracking.NoTracking) -> Iterator[None]:
-    """End the MLflow run as what it became: finished, failed, or killed by a signal at whatever moment."""
-    try:
-        try:
-            yield
-            tracker.finish("FINISHED")
-        except Exception:
-            if is_stopping():
-                raise
-            tracker.finish("FAILED")
-            raise
-    except BaseException as error:
-        if is_stopping() or not isinstance(error, Exception):
-            with stops_deferred():
-                tracker.finish("FAILED" if distributed.another_failed() else "KILLED")
-        raise
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def rehearse(group: PeerGroup, method: Method, shape: tuple[int, int, int], name
         try:
             try:
                 with torch.device("meta"):  # a model may make tensors of its own
-                    output = without_numbers(group).train()(torch.zeros(BATCH, *shape))
+                    output = copy_to_meta_device(group).train()(torch.zeros(BATCH, *shape))
             except Exception:  # is it the images, or code that the meta device cannot run?
                 output = copy.deepcopy(group).train()(torch.zeros(BATCH, *shape, device=device))
         except Exception as error:  # a model's own code may raise anything
@@ -80,7 +80,7 @@ def rehearse(group: PeerGroup, method: Method, shape: tuple[int, int, int], name
         copy.deepcopy(method).train()(output, labels, torch.ones((), device=device))
 
 
-def without_numbers(group: PeerGroup) -> PeerGroup:
+def copy_to_meta_device(group: PeerGroup) -> PeerGroup:
     """Copy a group onto the meta device, with no copy of its parameters and buffers on the way."""
     tensors = [t for module in (group, *group.teacher) for t in (*module.parameters(), *module.buffers())]
     empty = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}

@@ -23,7 +23,7 @@ def multistep(*, milestones: Sequence[float], gamma: float, warmup_epochs: float
     Args:
         milestones: ascending; epochs, or below 1 fractions of the run.
         gamma: factor at a milestone.
-        warmup_epochs: see `linear_warmup`.
+        warmup_epochs: see `with_linear_warmup`.
         epochs: length of the run.
 
     Raises:

@@ -232,7 +232,7 @@ class Trainer:
                 result = {"epoch": epoch, "timestamp_ms": timestamp_ms, "metrics": results}
                 trained = {name: part.state_dict() for name, part in parts.items()}
                 state = {**description, **result, "history": history.kept, **trained}
-                keep(state, folder, tracker, new=epoch not in history.reported, best=is_best)
+                save_epoch(state, folder, tracker, new=epoch not in history.reported, best=is_best)
             if epoch == first_epoch and not is_last:
                 log_expected_end(started, self.epochs - 1 - epoch)
         return history.kept
@@ -385,7 +385,7 @@ def own_share() -> Share:
     return Share(distributed.rank(), distributed.world_size())
 
 
-def keep(state: dict[str, Any], folder: Path, tracker: Tracker, *, new: bool, best: bool) -> None:
+def save_epoch(state: dict[str, Any], folder: Path, tracker: Tracker, *, new: bool, best: bool) -> None:
     """Write down and log what an epoch has come to.
 
     In this order a run cut off anywhere here is resumed with no metric missing or doubled: the checkpoint has

@@ -20,7 +20,7 @@ from okddip.run.parts import Parts
 from okddip.tasks.benchmark.comparisons import compare_ranks, compare_with_plain_loop, cost_by_peers
 from okddip.tasks.benchmark.synthetic import find_shape, with_synthetic_images
 from okddip.tasks.benchmark.tables import log_rank_tables, log_tables
-from okddip.tasks.train import tracked_to_the_end
+from okddip.tracking.status import tracked_to_the_end
 from okddip.tracking.tracker import MLflow, NoTracking
 from okddip.version import __version__
 

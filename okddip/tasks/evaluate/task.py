@@ -20,8 +20,8 @@ from okddip.tasks.evaluate.measure import class_accuracy, measure
 from okddip.tasks.evaluate.results import draw_confusion, log_tables
 from okddip.tasks.evaluate.settings import check_images, evaluation_settings
 from okddip.tasks.named_checkpoint import chosen_keys, open_checkpoint
-from okddip.tasks.train import tracked_to_the_end
 from okddip.text import for_terminal
+from okddip.tracking.status import tracked_to_the_end
 from okddip.training import checkpoint
 from okddip.trust import trust_of
 

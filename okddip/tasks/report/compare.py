@@ -62,10 +62,10 @@ class Comparison:
 
     dataset: str
     columns: list[str]  # short names of the settings that vary
-    common: dict[str, str]  # settings that do not, of `COMMON`
+    common: dict[str, str]  # settings that do not, of `COMMON_SETTINGS`
     groups: list[Group]
     reference: str  # what differences are to: "baseline", "default" or, where there are none, ""
-    named: dict[str, str]  # what the names in the column `SEVERAL` stand for
+    named: dict[str, str]  # what the names in the column `SETTINGS_COLUMN` stand for
     held_out: str  # of which runs the best epoch was chosen by images held out of training: all, some, none
     repeated: int  # runs left out, as a newer one has the same settings and seed
 
