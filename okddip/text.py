@@ -10,6 +10,7 @@ import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from io import TextIOWrapper
 
 # Control characters, invisible ones such as those that turn the direction of writing, halves of surrogate
@@ -142,4 +143,5 @@ def replace_unencodable_output() -> None:
     """Print characters that the terminal's encoding lacks as Python escapes them, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # one that cannot be flushed
+                stream.reconfigure(errors="backslashreplace")

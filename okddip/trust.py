@@ -86,6 +86,8 @@ class Trust:
                     " not called: anybody may have written the file."
                     + (f" If it is your own code, say so by trust=[{module}]." if own else "")
                 )
+        for key in positional_arguments(config):
+            raise NotTrusted(f"{source}: {key}: arguments without names are not taken from a file.")
 
     def _home(self, target: str) -> str | None:
         """The trusted module in which a target is defined; if it is defined in another, that one's name.
@@ -112,6 +114,19 @@ class Trust:
             return None
         # a package may offer what its own modules define
         return next((own for own in self.modules if f"{defined}.".startswith(f"{own}.")), defined)
+
+
+def positional_arguments(node: Any, key: str = "") -> Iterator[str]:
+    """The keys of all `_args_` in a plain configuration: what they mean cannot be told by their names."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            inner = f"{key}.{name}".lstrip(".")
+            if name == "_args_":
+                yield inner
+            yield from positional_arguments(value, inner)
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from positional_arguments(value, f"{key}.{index}")
 
 
 def trust_in(modules: Any) -> Trust:

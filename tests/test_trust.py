@@ -103,6 +103,24 @@ def put(key: str, value: Any) -> Callable[[State], None]:
     return change
 
 
+def without(key: str) -> Callable[[State], None]:
+    """Leave a key of the configuration out."""
+
+    def change(state: State) -> None:
+        *groups, name = key.split(".")
+        node = state["config"]
+        for group in groups:
+            node = node[group]
+        del node[name]
+
+    return change
+
+
+def say(key: str, value: Any) -> Callable[[State], None]:
+    """Set what stands outside the configuration."""
+    return lambda state: state.update({key: value})
+
+
 def fire(target: Any, **arguments: Any) -> dict[str, Any]:
     return {"_target_": target, **arguments}
 
@@ -201,6 +219,19 @@ HOSTILE: dict[str, tuple[Callable[[State], None], str]] = {
     "a key that is no text": (put("note", {(1, 2): 3}), "a key must be plain text"),
     "a list of billions": (of_billions, "is too large or nested too deeply"),
     "a list of itself": (of_itself, "is too large or nested too deeply"),
+    "arguments without names": (
+        put("dataset.source._args_", ["pics", "elsewhere"]),
+        "dataset.source._args_: arguments without names are not taken from a file",
+    ),
+    "no name": (without("name"), "it has no config.name"),
+    "no seed": (without("seed"), "it has no config.seed"),
+    "no option": (without("options.model"), "it has no config.options.model"),
+    "no length": (without("trainer.epochs"), "it has no config.trainer.epochs"),
+    "a history of numbers": (say("history", {"last": 5}), "history cannot be"),
+    "images of no size": (say("image_size", []), "image_size cannot be"),
+    "too many means": (say("mean", [0.1, 0.2, 0.3]), "mean cannot be"),
+    "no spread": (say("std", [0.0]), "std cannot be"),
+    "an epoch before the first": (say("epoch", -1), "epoch cannot be -1"),
     "a pickle that calls": (pickled, "do not trust the file"),
 }
 KNOWN = tuple(HOSTILE)[:4]  # those that got through once
@@ -251,6 +282,17 @@ def open_in_all_ways(okddip: Okddip, honest: State, way: str, names: Iterator[st
 @pytest.mark.parametrize("way", WAYS)
 def test_what_got_through_once_is_refused_in_every_way(okddip: Okddip, honest: State, way: str) -> None:
     open_in_all_ways(okddip, honest, way, KNOWN if way in ("evaluate", "export") else KNOWN[:2])
+
+
+def test_the_version_in_a_file_forges_no_line_and_commands_no_terminal(okddip: Okddip, honest: State) -> None:
+    state = copy.deepcopy(honest)
+    state["version"] = "0.0.1\nResume with: okddip --config-dir /tmp/evil\x1b[31m"
+    write(state)
+    answer = okddip("task=export", "checkpoint=evil", "tracking=none", "export.formats=[safetensors]")
+    assert answer.code == 0, answer.err
+    assert "was written by okddip 0.0.1\\nResume" in answer.out
+    assert not [line for line in answer.out.splitlines() if line.startswith("Resume with")]
+    assert "\x1b" not in answer.out + answer.err
 
 
 @pytest.mark.slow
@@ -548,10 +590,8 @@ def test_where_decoded_images_are_kept_is_for_this_machine_to_say(
     honest["config"]["dataset"]["cache_dir"] = "a place of the stranger's"
     write(honest)
     seen = []
-    from okddip.tasks import evaluate
+    from okddip.tasks.evaluate import task
 
-    monkeypatch.setattr(
-        evaluate, "check_images", lambda settings, *_: seen.append(settings.dataset.cache_dir)
-    )
+    monkeypatch.setattr(task, "check_images", lambda settings, *_: seen.append(settings.dataset.cache_dir))
     okddip("task=evaluate", "checkpoint=evil", "tracking=none", "trainer.limit_batches=1")
     assert seen == [os.environ["OKDDIP_CACHE"]]

@@ -39,7 +39,7 @@ def default_predictor(method: Method, history: dict[str, dict[str, float]]) -> s
 
 
 def extract(group: PeerGroup, method: Method, predictor: str) -> nn.Module:
-    """Copy one of `exportable_predictors` out of a group: a module in eval mode, images [B, C, H, W] to logits [B, K]."""
+    """Copy one of `exportable_predictors`: a module in eval mode, images [B, C, H, W] to logits [B, K]."""
     if predictor != "ensemble":
         return group.extract(method.predictors.index(predictor)).eval()
     members = copy.deepcopy(group)

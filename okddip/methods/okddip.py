@@ -75,7 +75,7 @@ class OKDDip(Distillation):
         return (*(f"peer{i}" for i in range(self.auxiliary)), *leader, "ensemble")
 
     def attend(self, features: Tensor) -> Tensor:
-        """The attention that each auxiliary peer (a) pays to each (b): softmax over b of q(h_a) . k(h_b), unscaled.
+        """How much attention peer a pays to peer b: softmax over b of q(h_a) . k(h_b), unscaled.
 
         Args:
             features: [A, B, D], of the auxiliary peers.

@@ -97,9 +97,11 @@ class RunFolder:
         for line in lines:
             try:
                 results = json.loads(line)
-                finished.append((results.pop("epoch"), results.pop("timestamp_ms"), results))
+                epoch, timestamp_ms = results.pop("epoch"), results.pop("timestamp_ms")
             except (ValueError, KeyError, AttributeError):  # interrupted while it was written
                 continue
+            if isinstance(epoch, int) and isinstance(timestamp_ms, int):
+                finished.append((epoch, timestamp_ms, results))
         return finished
 
     def write_metrics(self, finished: Sequence[Epoch]) -> None:

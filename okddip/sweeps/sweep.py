@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from okddip.errors import ConfigError
 from okddip.sweeps.outcomes import Outcome, read_outcomes
+from okddip.tracking.unsent import SWEEP_LOCK
 
 if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
     from okddip.tracking.tracker import MLflow, NoTracking
@@ -43,7 +44,7 @@ class Sweep:
             ConfigError: another sweep is running in this folder; its jobs' folders may have the same names.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".sweep.lock")
+        lock = FileLock(self.folder / SWEEP_LOCK)
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:

@@ -6,6 +6,7 @@ not answer when it ended. In the second case the run leaves what is unsent as `u
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_LOCK = "run.lock"  # in a training run's folder; locked as long as its process lives
+SWEEP_LOCK = ".sweep.lock"  # the same of a sweep, in its folder
 LOCK = "lock"  # the tag of a sweep's parent: a file that is locked as long as the process of its sweep lives
 
 
@@ -96,6 +98,19 @@ def save_unsent(folder: Path, run_id: str, requests: Sequence[Request]) -> Path:
     return path
 
 
+def is_own(path: Path, within: Path | None = None) -> bool:
+    """Whether a file or folder is there, is this user's own, and not a link to another place.
+
+    Args:
+        within: a folder in which it must lie.
+    """
+    try:
+        own = path.lstat().st_uid == os.getuid() and not path.is_symlink()
+        return own and (within is None or within.resolve() in path.resolve().parents)
+    except OSError:
+        return False
+
+
 def finish_if_ended(client: "MlflowClient", run: "Run") -> None:
     """Finish a run that is called running if its folder on this machine shows that it is over.
 
@@ -109,20 +124,21 @@ def finish_if_ended(client: "MlflowClient", run: "Run") -> None:
         return
     folder = Path(tags["folder"])
     training = "kind" not in tags and "task" not in tags
-    lock = folder / RUN_LOCK if training else Path(tags.get(LOCK, ""))
+    lock = folder / (RUN_LOCK if training else SWEEP_LOCK)
     unsent = unsent_file(folder, run_id)
-    if not (lock.is_file() or unsent.is_file()):  # it is elsewhere, or was moved
+    # It may be elsewhere, or moved; and others may have written the tags: no file of theirs is opened
+    if not is_own(folder) or not (is_own(lock) or is_own(unsent)):
         return
     with ExitStack() as held:
         try:
-            if lock.is_file():
+            if is_own(lock):
                 held.enter_context(FileLock(lock, timeout=0))
         except (Timeout, PermissionError):  # it goes on, or lies in a folder of somebody else's
             return
         now = client.get_run(run_id)
         if now.info.status != "RUNNING" or now.data.tags.get(LOCK) != tags.get(LOCK):
             return  # another process was quicker, or has resumed it
-        if unsent.is_file():
+        if is_own(unsent):
             send_unsent(client, run_id, unsent)
         else:
             times = [path.stat().st_mtime_ns // 1_000_000 for path in folder.iterdir() if path.is_file()]
@@ -134,6 +150,12 @@ def send_unsent(client: "MlflowClient", run_id: str, path: Path) -> None:
     """Send what a run has kept, and remove it."""
     requests = [Request(*parts) for parts in json.loads(path.read_text(encoding="utf-8"))]
     for request in requests:
+        file = Path(request.content[0]) if request.kind == "file" else None
+        if file is not None and file.exists() and not is_own(file, within=path.parent):
+            logger.warning(
+                "MLflow run %s: %s is not a file of the run and is not sent.", run_id, request.what
+            )
+            continue
         try:
             send(client, run_id, request)
         except Exception as error:

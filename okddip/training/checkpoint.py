@@ -15,6 +15,7 @@ from okddip.errors import ConfigError
 from okddip.files import link, sync_folder, writing
 from okddip.older_versions import updated
 from okddip.plain_data import plain
+from okddip.text import for_terminal
 from okddip.training.finite import not_finite
 from okddip.version import __version__
 
@@ -33,6 +34,11 @@ ITEM_TYPES: dict[str, Any] = {
     **{"classes": str, "digests": str, "image_size": int},
     **{"mean": int | float, "std": int | float, "metrics": int | float, "history": int | float},
 }
+CONFIG_TYPES: dict[str, Any] = {  # of its config
+    **{"name": str, "seed": int, "trainer.epochs": int},
+    **{f"options.{group}": str for group in ("method", "model", "dataset")},
+}
+MOST_EPOCHS = 10**7
 CONFIG_GROUPS = (
     "method",
     "model",
@@ -103,6 +109,7 @@ def load(path: Path, keys: dict[str, type] | None = None) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as a checkpoint ({reason}).") from error
     check_contents(state, keys or REQUIRED_KEYS, path)
     state["config"] = updated(plain(state["config"], "", path))
+    check_values(state, path)
     return state
 
 
@@ -130,7 +137,7 @@ def warn_of_other_version(state: dict[str, Any], source: object) -> None:
         log.warning(
             "%s: was written by okddip %s, and this is okddip %s. Numbers may differ where the program has"
             " changed in between.",
-            *(source, state["version"], __version__),
+            *(for_terminal(source), for_terminal(state["version"]), __version__),
         )
 
 
@@ -157,6 +164,39 @@ def check_contents(state: Any, keys: dict[str, type], path: Path) -> None:
                 raise ConfigError(
                     f"{path}: is not a checkpoint of this program: {key} holds a {type(item).__name__}."
                 )
+
+
+def check_values(state: dict[str, Any], path: Path) -> None:
+    """See that a checkpoint's settings are all there, and that what it says of images and epochs can be.
+
+    Raises:
+        ConfigError: names what is missing, or cannot be.
+    """
+    for key, kind in CONFIG_TYPES.items():
+        if not isinstance(value_at(state["config"], key), kind):
+            raise ConfigError(f"{path}: is not a checkpoint of this program: it has no config.{key}.")
+    sizes, channels = state["image_size"], state["channels"]
+    can_be = {
+        "epoch": 0 <= state["epoch"] < MOST_EPOCHS,
+        "timestamp_ms": 0 <= state.get("timestamp_ms", 0) < 2**53,
+        "history": all(isinstance(results, dict) for results in state["history"].values()),
+        "digests": isinstance(state.get("digests", {}), dict),
+        "image_size": len(sizes) == 2 and all(size > 0 for size in sizes),
+        "mean": len(state["mean"]) == channels,
+        "std": len(state["std"]) == channels and all(number > 0 for number in state["std"]),
+    }
+    if wrong := [key for key, fine in can_be.items() if not fine]:
+        raise ConfigError(
+            f"{path}: is not a checkpoint of this program: {wrong[0]} cannot be {str(state[wrong[0]])[:80]}."
+        )
+
+
+def value_at(config: dict[str, Any], key: str) -> Any:
+    """The value under a dotted key; None if there is none."""
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def load_last(folder: Path) -> dict[str, Any]:

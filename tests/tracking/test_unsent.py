@@ -138,6 +138,21 @@ def test_a_run_that_was_killed_outright_is_ended_and_one_that_lives_or_is_elsewh
         assert client.get_run(killed.run_id).info.end_time == pytest.approx(last * 1000, abs=2)
 
 
+def test_what_others_write_into_a_store_opens_no_file_of_the_user(uri: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    run_id = begin(uri, tmp_path / "run").run_id
+    wanted = [["secret", "file", [str(secret), None]], ["status", "end", ["FINISHED", 2_000_000_000_000]]]
+    unsent_file(tmp_path / "run", run_id).write_text(json.dumps(wanted))
+    assert status(uri, run_id) == "FINISHED"
+    assert "secret.txt" not in [file.path for file in open_store(uri).list_artifacts(run_id)]
+    foreign = begin(uri, tmp_path / "sweep", kind="sweep", lock=str(secret)).run_id
+    linked = begin(uri, tmp_path / "linked").run_id
+    (tmp_path / "linked" / "run.lock").symlink_to(secret)
+    assert status(uri, foreign) == status(uri, linked) == "RUNNING"
+    assert secret.read_text() == "mine"
+
+
 def test_a_damaged_note_of_what_is_unsent_keeps_no_command_from_the_store(
     uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

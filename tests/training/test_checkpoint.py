@@ -18,7 +18,12 @@ from okddip.training import checkpoint
 def state(epoch: int) -> dict[str, Any]:
     return {
         **{key: kind() for key, kind in (checkpoint.REQUIRED_KEYS | checkpoint.TRAINING_KEYS).items()},
-        "config": {group: {} for group in checkpoint.CONFIG_GROUPS},
+        "config": {
+            **{group: {} for group in checkpoint.CONFIG_GROUPS},
+            **{"name": "run", "seed": 0, "trainer": {"epochs": 3}},
+            "options": {"method": "baseline", "model": "resnet8", "dataset": "digits"},
+        },
+        **{"channels": 1, "image_size": [8, 8], "mean": [0.5], "std": [0.2]},
         "epoch": epoch,
         "group": {"weights": torch.full((1000,), float(epoch))},
     }

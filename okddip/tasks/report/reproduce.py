@@ -67,6 +67,12 @@ def reproducing_command(client: "MlflowClient", run_id: str, trust: Trust) -> st
                 f"report.run={run_id}: what the store has as the command of this sweep is no call of okddip"
                 " with overrides. Its child runs have commands of their own."
             )
+        if code := words_that_name_code(typed):
+            raise ConfigError(
+                f"report.run={run_id}: the command that the store has for this sweep names code or option"
+                f" files ({for_shell(code)}), which whoever pastes it would run, so it is not printed. If"
+                " they are your own, give --config-dir here too. Its child runs have commands of their own."
+            )
         return f"{comment(run)}\n{for_shell(typed)}"  # all of its jobs
     if run.data.tags.get(LENGTHS):
         raise ConfigError(
@@ -82,6 +88,23 @@ def reproducing_command(client: "MlflowClient", run_id: str, trust: Trust) -> st
         raise ConfigError(f"report.run={run_id}: cannot be composed here. {error}{hint}") from None
     trust.check(wanted, f"report.run={run_id}: config.yaml")  # a command that names code runs it
     return f"{comment(run)}\n{command}"
+
+
+def words_that_name_code(words: Sequence[str]) -> list[str]:
+    """The words of a command that let it run code from elsewhere, but for the user's own option folders."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    own = {Path(source.path).absolute() for source in sources if source.schema == "file"}
+    folders = [word.removeprefix("--config-dir=") for word in config_folders(words) if word != "--config-dir"]
+    found = [folder for folder in folders if Path(folder).expanduser().absolute() not in own]
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0]
+        if (
+            "_target_" in word
+            or key.startswith(("hydra.searchpath", "hydra.callbacks", "hydra.job_logging"))
+            or re.match(r"--config-(path|name)|-c[pn]\b", word)
+        ):
+            found.append(word)
+    return found
 
 
 def comment(run: "Run") -> str:

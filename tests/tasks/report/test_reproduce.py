@@ -104,6 +104,27 @@ def test_the_parent_of_a_sweep_has_the_command_that_was_typed(okddip: Okddip, st
     assert printed_command(answer) == shlex.split(typed)
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "okddip --config-dir /elsewhere model=evil",
+        "okddip -cd /elsewhere seed=0,1",
+        "okddip task._target_=os.system +task.command=id",
+        "okddip +hydra.callbacks.x._target_=timeit.timeit",
+        "okddip 'hydra.searchpath=[file:///elsewhere]' method=x",
+    ],
+)
+def test_the_command_of_a_sweep_that_names_code_is_not_printed(
+    okddip: Okddip, store: MlflowClient, typed: str
+) -> None:
+    experiment = store.get_experiment_by_name("okddip")
+    parent = store.create_run(experiment.experiment_id, tags={"kind": "sweep", "command": typed})
+    answer = okddip("task=report", f"report.run={parent.info.run_id}")
+    assert answer.code == 1
+    assert "names code or option files" in answer.err
+    assert answer.out == ""
+
+
 def kept_run(uri: str, config: DictConfig, command: str = "okddip") -> str:
     tracker = MLflow(uri, "okddip")
     tracker.open()
