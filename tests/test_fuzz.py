@@ -116,7 +116,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     sources_digits = sources.digits
     monkeypatch.setattr(sources, "digits", digits)
-    monkeypatch.setattr(teacher, "provide", provide)
+    monkeypatch.setattr(teacher, "provide_teacher", provide)
 
 
 def builds_or_is_refused(configured: Callable[..., DictConfig], drawn: list[str]) -> None:
