@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from okddip.version import __version__ as __version__
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from okddip.inference import Classifier
-
-__version__ = "0.1.0"
+    from okddip.deployment.classifier import Classifier
 
 
-def load(folder: str | Path) -> Classifier:
+def load(folder: str | Path, trust: Sequence[str] = ()) -> Classifier:
     """The network in a folder that `okddip task=export` wrote, ready for `predict(images)`.
 
-    Raises:
-        ConfigError: the folder holds no exported network, or a damaged one.
-    """
-    from okddip.inference import load  # importing okddip must not import torch
+    Args:
+        folder: with `model.json` and `model.safetensors`; whoever wrote it, no code of theirs runs.
+        trust: modules of your own, such as ["mine"], in which the model may be defined as well.
 
-    return load(folder)
+    Raises:
+        ConfigError: the folder holds no exported network, a damaged one, or one whose model is not trusted.
+    """
+    from okddip.deployment.loading import load  # importing okddip must not import torch
+
+    return load(folder, trust)

@@ -6,11 +6,20 @@ from typing import Any
 
 from hydra.errors import CompactHydraException
 
+from okddip.text import for_terminal
+
 LARGEST = 2**63 - 1  # whole number that PyTorch, MLflow and NumPy take
 
 
 class ConfigError(CompactHydraException, ValueError):
-    """A setting, a file or a folder that cannot be used; the message names it and says what to do."""
+    """A setting, a file or a folder that cannot be used; the message names it and says what to do.
+
+    What it quotes may be anybody's text: lines after the first are indented, so that none of them passes for
+    a message of its own, and what would command a terminal is escaped.
+    """
+
+    def __str__(self) -> str:
+        return for_terminal(super().__str__(), lines=True).replace("\n", "\n  ")
 
 
 class Incompatible(ConfigError):

@@ -1,127 +1,138 @@
-"""Ending a run in good order when it is asked to end: Ctrl-C, Slurm's preemption, a time limit."""
+"""End a run in good order when it is asked to stop: Ctrl-C, Slurm's preemption, a time limit."""
 
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from types import FrameType
-from typing import ClassVar
 
 # Slurm sends SIGTERM at the end, and SIGUSR1 or SIGUSR2 ahead of it where it is asked to; a terminal that
 # is closed sends SIGHUP
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-
-# Seconds after a request to stop in which others are the same
-SAME_REQUEST = 2.0
+SAME_REQUEST_SECONDS = 2.0  # a signal this soon after another one is the same request
 
 
-class Stop:
-    """What became of a request to stop."""
+@dataclass
+class StopState:
+    """How far this process is on its way out."""
 
-    end: BaseException | None = None  # what the process ends with, once it was asked to
-    raised = 0.0  # when it was last told
-    may_stop = True  # just now
-    waiting: int | None = None  # a signal that came when it might not
-    # handlers that were there before
-    launchers: ClassVar[dict[int, Callable[[int, FrameType | None], object]]] = {}
+    exception: BaseException | None = None  # ends the process; None until it was asked to stop
+    raised_at: float = 0.0  # when the exception was last raised
+    deferring: bool = False  # within `stops_deferred`
+    deferred: Callable[[], None] | None = None  # handles the signal that came within `stops_deferred`
+
+
+_state = StopState()
+
+
+@dataclass(frozen=True)
+class StopHandler:
+    """Handler of a signal that stops the process.
+
+    Attributes:
+        launcher: the handler that a launcher had installed before; it decides how the process ends.
+    """
+
+    launcher: Callable[[int, FrameType | None], object] | None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Raise what ends the process, unless that is deferred or was raised just now.
+
+        A later signal raises it again, as Python drops an exception that is raised in a destructor. One that
+        follows at once does not: it would interrupt what ends the run in good order.
+        """
+        if _state.deferring:
+            _state.deferred = partial(self, number, None)
+            return
+        now = time.monotonic()
+        if _state.exception is not None:
+            if now >= _state.raised_at + SAME_REQUEST_SECONDS:
+                _state.raised_at = now
+                raise _state.exception
+            return
+        _state.raised_at = now
+        try:
+            if self.launcher is None:
+                raise SystemExit(128 + number)
+            self.launcher(number, frame)
+        except BaseException as exception:
+            _state.exception = exception
+            raise
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
     """Let signals raise SystemExit, with the exit code that shells give to signals.
 
-    No `except Exception` on the way holds that up. Where a launcher has a handler of its own (submitit
-    requeues the job), that one decides how the process ends. An exception after a request to stop is taken
-    for a consequence of it: the signal may have reached others that the process depends on.
+    No `except Exception` on the way holds that up. Where a launcher has a handler of its own (submitit's
+    requeues the job), that one decides how the process ends. An exception that follows a request to stop is
+    taken for its consequence: processes on which this one depends may have received the signal too.
     """
-    main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS} if main else {}
-    ours = [number for number, handler in before.items() if handler not in (stop, signal.SIG_IGN, None)]
-    for number in ours:
-        handler = before[number]
-        if callable(handler) and handler is not signal.default_int_handler:
-            Stop.launchers[number] = handler
-        signal.signal(number, stop)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there handlers can be set
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS} if in_main_thread else {}
+    replaced = {
+        number: handler
+        for number, handler in handlers.items()
+        if not isinstance(handler, StopHandler) and handler not in (signal.SIG_IGN, None)
+    }
+    for number, handler in replaced.items():
+        by_launcher = callable(handler) and handler is not signal.default_int_handler
+        signal.signal(number, StopHandler(handler if by_launcher else None))  # type: ignore[arg-type]
     try:
         yield
     except Exception as error:
-        if Stop.end is None or error is Stop.end:
+        if _state.exception is None or error is _state.exception:
             raise
-        raise Stop.end from error
+        raise _state.exception from error
     finally:
-        for number in ours:
-            signal.signal(number, before[number])
-            Stop.launchers.pop(number, None)
-        if ours:
-            Stop.end = Stop.waiting = None
-
-
-def stop(number: int, frame: FrameType | None) -> None:
-    """Raise what the process ends with, now or as soon as it may stop.
-
-    Asked again it raises again, since Python drops what is raised in a destructor, and the process would go
-    on; but not at once: a scheduler or an impatient hand would break off what ends in good order.
-    """
-    if not Stop.may_stop:
-        Stop.waiting = number
-        return
-    now = time.monotonic()
-    if Stop.end is not None:
-        if now < Stop.raised + SAME_REQUEST:
-            return
-        Stop.raised = now
-        raise Stop.end
-    Stop.raised = now
-    try:
-        if number not in Stop.launchers:
-            raise SystemExit(128 + number)
-        Stop.launchers[number](number, frame)
-    except BaseException as end:
-        Stop.end = end
-        raise
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        if replaced:
+            _state.exception = _state.deferred = None
 
 
 @contextmanager
-def unstopped() -> Iterator[None]:
+def stops_deferred() -> Iterator[None]:
     """Finish what must not be left half done, such as a checkpoint, before a signal ends the run."""
-    Stop.may_stop = False
+    _state.deferring = True
     try:
         yield
     finally:
-        Stop.may_stop = True
-        waiting, Stop.waiting = Stop.waiting, None
-        if Stop.end is not None:
-            raise Stop.end
-        if waiting is not None:
-            stop(waiting, None)
+        _state.deferring = False
+        deferred, _state.deferred = _state.deferred, None
+        raise_if_stopping()
+        if deferred is not None:
+            deferred()
 
 
-def give_way() -> None:
-    """Within `unstopped`, end here if a signal has come: nothing is half done."""
-    waiting, Stop.waiting = Stop.waiting, None
-    if waiting is not None:
-        may_stop, Stop.may_stop = Stop.may_stop, True
+def raise_deferred_stop() -> None:
+    """Within `stops_deferred`, end here if a signal has come: nothing is half done."""
+    deferred, _state.deferred = _state.deferred, None
+    if deferred is not None:
+        deferring, _state.deferring = _state.deferring, False
         try:
-            stop(waiting, None)
+            deferred()
         finally:
-            Stop.may_stop = may_stop
+            _state.deferring = deferring
 
 
-def heed() -> None:
-    """End here if a signal has come and what it raised was dropped: Python does so in destructors."""
-    if Stop.end is not None:
-        raise Stop.end
+def raise_if_stopping() -> None:
+    """End here if a signal has come whose exception Python dropped, as it does in destructors."""
+    if _state.exception is not None:
+        raise _state.exception
 
 
-def asked_to_stop() -> bool:
-    """Whether the process is on its way out."""
-    return Stop.end is not None
+def is_stopping() -> bool:
+    """Whether the process was asked to stop."""
+    return _state.exception is not None
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
-    """For a worker process of a DataLoader: a signal to all processes is the parent's to answer.
+def ignore_signals_in_worker(worker: int) -> None:
+    """For a worker process of a DataLoader: its parent handles signals that are sent to all processes.
 
     A worker ends when its parent tells it to, or is gone.
     """

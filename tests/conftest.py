@@ -18,8 +18,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 from PIL import Image
 
-from okddip.main import CONFIG_HOME, cli, make
+from okddip.assembly import CONFIG_HOME, make
+from okddip.main import build, cli
 from okddip.methods.base import Method
+from okddip.run.parts import Parts
+from okddip.tasks.benchmark.synthetic import DataShape, with_synthetic_images
+
+pytest_plugins = "mlflow_stores"
 
 # the suite's numbers must not depend on a store or a cache that the developer has
 os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -50,6 +55,17 @@ def configured() -> Callable[..., DictConfig]:
         return config
 
     return configure
+
+
+@pytest.fixture
+def synthetic_parts(configured: Callable[..., DictConfig]) -> Callable[..., Parts]:
+    """Build what a command line describes, on small synthetic images."""
+
+    def build_parts(*overrides: str) -> Parts:
+        config = configured("tracking=none", "trainer.device=cpu", *overrides)
+        return build(with_synthetic_images(config, DataShape((8, 8), 3, 10), {}))
+
+    return build_parts
 
 
 @pytest.fixture

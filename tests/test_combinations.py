@@ -1,5 +1,6 @@
 """Every method with every kind of model, on fake tensors: shapes without arithmetic."""
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -11,7 +12,11 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from okddip.main import CONFIG_HOME, make
+from okddip.assembly import CONFIG_HOME, make
+from okddip.checks import check
+from okddip.data.options import check_options
+from okddip.errors import ConfigError
+from okddip.main import optimizer_factory
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 
@@ -93,6 +98,59 @@ def test_experiments_are_the_papers(
     assert (config.method.peers, config.method.temperature, config.method.alpha) == (4, 3.0, 1.0)
     other = configured(f"experiment={experiment}", "method=dml", "model=vgg16")
     assert other.options == {"method": "dml", "model": "vgg16", "dataset": config.options.dataset}
+
+
+GROUPS = {
+    group: sorted(path.stem for path in (CONFIG_HOME / "conf" / group).glob("*.yaml"))
+    for group in ("method", "dataset", "optimizer", "scheduler", "tracking", "ablation", "task")
+} | {"model": ["resnet8", "vgg16", "torchvision"]}
+KEYS_OF_EXPERIMENTS = ("optimizer", "scheduler")  # groups of whose options experiments set keys
+SETS = [
+    *(f"experiment={path.stem}" for path in sorted((CONFIG_HOME / "conf" / "experiment").glob("*.yaml"))),
+    *(f"multirun_presets={path.stem}" for path in sorted((CONFIG_HOME / "multirun_presets").glob("*.yaml"))),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "group"),
+    [
+        pytest.param(
+            settings,
+            group,
+            marks=()
+            if settings.startswith("experiment") and group in KEYS_OF_EXPERIMENTS
+            else pytest.mark.slow,
+        )
+        for settings in SETS
+        for group in GROUPS
+        if settings.startswith("experiment") or group in KEYS_OF_EXPERIMENTS
+    ],
+)
+def test_every_experiment_and_preset_takes_every_option_or_says_what_to_give(
+    configured: Callable[..., DictConfig], settings: str, group: str
+) -> None:
+    refusals = []
+    for name in GROUPS[group]:
+        given = [f"{group}={name}", "dataset.root=images", "methods.teacher=given", "trainer.device=cpu"]
+        if group == "task":
+            given.append("+checkpoint=last.pt")
+        if name == "torchvision":
+            given += ["model.name=resnet18", "model.split=layer3"]
+        config = configured(settings, *given)
+        try:
+            check(config)
+            check_options(config.dataset)
+            trainer = make("trainer", config.trainer)
+            schedule = make("scheduler", config.scheduler, epochs=trainer.epochs)
+            assert 0 <= schedule(0) <= 1
+            optimizer_factory(config)([torch.zeros(1, requires_grad=True)])
+            with torch.device("meta"):
+                probe = make("model", config.model, num_classes=2, in_channels=3)
+            shape = {"feature_dim": probe.feature_dim, "trunk_channels": probe.trunk_channels}
+            make("method", config.method, **shape, epochs=trainer.epochs)
+        except ConfigError as error:
+            refusals.append(str(error))
+    assert [text for text in refusals if not re.match(r"(ablation|method|dataset)[.\w]*[ =:]", text)] == []
 
 
 def test_the_imagenet_experiment_trains_on_folders_of_images(okddip: Callable[..., object]) -> None:

@@ -13,12 +13,12 @@ import torch
 from dispatch_watch import OneDevice
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from okddip import metrics
+from okddip.assembly import CONFIG_HOME
 from okddip.data.augment import Draws, Normalization, augment, normalize
-from okddip.main import CONFIG_HOME
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.models.resnet import resnet
+from okddip.training import metrics
 
 METHODS = sorted(path.stem for path in (CONFIG_HOME / "conf" / "method").glob("*.yaml"))
 CASES = [  # the gate of ONE needs a shared trunk

@@ -13,10 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
-from okddip import teacher
+from okddip.assembly import CONFIG_HOME
+from okddip.checks import check
+from okddip.command_line import check_choices
 from okddip.data import sources
 from okddip.errors import ConfigError
-from okddip.main import CONFIG_HOME, build, check, check_choices
+from okddip.main import build
+from okddip.sweeps import teacher
 
 BASE = ("dataset=digits", "dataset.image_size=8", "model=resnet8", "tracking=none")
 
@@ -113,7 +116,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     sources_digits = sources.digits
     monkeypatch.setattr(sources, "digits", digits)
-    monkeypatch.setattr(teacher, "provide", provide)
+    monkeypatch.setattr(teacher, "provide_teacher", provide)
 
 
 def builds_or_is_refused(configured: Callable[..., DictConfig], drawn: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The program from its command line."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from conftest import Answer, no_room
 from PIL import Image
 
-from okddip import checkpoint
+from okddip.training import checkpoint
 
 Okddip = Callable[..., Answer]
 REPOSITORY = Path(__file__).parents[1]
@@ -193,6 +194,13 @@ def test_a_last_batch_of_one_image_is_left_out_of_training(okddip: Okddip, tmp_p
     assert "359 test images" in answer.out  # and the test set's last image is evaluated alone
 
 
+def test_a_training_set_that_fills_no_batch_is_refused_where_short_ones_are_left_out(okddip: Okddip) -> None:
+    few = ("dataset=digits", "model=resnet8", "tracking=none", "dataset.train_size=100")
+    answer = okddip(*few, "trainer.drop_last=true")
+    assert answer.code == 1
+    assert "trainer.drop_last=true: 100 training images fill no batch of trainer.batch_size=128" in answer.err
+
+
 def test_a_training_set_of_one_image_is_refused(okddip: Okddip, tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / "images" / split / "cat").mkdir(parents=True)
@@ -254,21 +262,11 @@ def test_nothing_heavy_is_imported_before_the_configuration_is_composed() -> Non
     assert finished.returncode == 0, finished.stderr
 
 
-USER_METHOD = """
-from okddip.methods.base import Losses, Method, with_ensemble
-from okddip.methods.losses import hard_loss
-
-
-class Mine(Method):
-    def __init__(self, *, weight, **group):
-        super().__init__(**group)
-        self.weight = weight
-
-    def losses(self, output, labels, ramp):
-        hard = hard_loss(output.logits, labels)
-        return Losses(self.weight * hard, {"hard": hard}, with_ensemble(output.logits, self.peers))
-"""
-USER_OPTION = "_target_: mine.Mine\npeers: 2\nstructure: branch\nrescale: false\nweight: 0.5\n"
+def blocks_of_the_readme(heading: str) -> list[str]:
+    """The code blocks of a section, in their order."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```\w+\n(.*?)```", section, flags=re.DOTALL)
 
 
 @pytest.mark.slow
@@ -282,10 +280,11 @@ def test_a_users_own_method_runs_from_an_installed_wheel(tmp_path: Path) -> None
         check=True,
         capture_output=True,
     )
-    (tmp_path / "mine.py").write_text(USER_METHOD)
+    method, options, _ = blocks_of_the_readme("Your own method")
+    (tmp_path / "mine.py").write_text(method)
     option = tmp_path / "options" / "method" / "mine.yaml"
     option.parent.mkdir(parents=True)
-    option.write_text(USER_OPTION)
+    option.write_text(options)
     command = [
         *(sys.executable, "-m", "okddip.main", "--config-dir", "options", "method=mine", "dataset=digits"),
         *(
@@ -304,7 +303,7 @@ def test_a_users_own_method_runs_from_an_installed_wheel(tmp_path: Path) -> None
         text=True,
     )
     assert finished.returncode == 0, finished.stderr
-    assert "2 peers (branch)" in finished.stdout
+    assert "3 peers (branch)" in finished.stdout
     assert checkpoint.load(tmp_path / "run" / "last.pt")["config"]["method"]["_target_"] == "mine.Mine"
     listed = subprocess.run(
         [sys.executable, "-m", "okddip.main", "multirun_presets=nope"],

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from okddip.signals import asked_to_stop, heed, stop_on_signals, unstopped
+from okddip.signals import is_stopping, raise_if_stopping, stop_on_signals, stops_deferred
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def test_a_signal_ends_the_process_with_the_exit_code_of_a_shell(number: int) ->
         send(number)
     assert end.value.code == 128 + number
     assert signal.getsignal(number) == before
-    assert not asked_to_stop()
+    assert not is_stopping()
 
 
 def test_a_signal_waits_for_what_must_not_be_left_half_done() -> None:
@@ -40,7 +40,7 @@ def test_a_signal_waits_for_what_must_not_be_left_half_done() -> None:
 
     @stop_on_signals()
     def work() -> None:
-        with unstopped():
+        with stops_deferred():
             send(signal.SIGTERM)
             done.append("inside")
         done.append("after")
@@ -53,7 +53,7 @@ def test_a_signal_waits_for_what_must_not_be_left_half_done() -> None:
 def test_a_signal_is_answered_though_what_it_waited_for_failed() -> None:
     @stop_on_signals()
     def work() -> None:
-        with unstopped():
+        with stops_deferred():
             send(signal.SIGTERM)
             raise RuntimeError("the disk is full")
 
@@ -78,7 +78,7 @@ def test_an_exception_after_a_signal_is_a_consequence_of_it() -> None:
 def test_a_signal_whose_exception_was_dropped_is_answered_when_it_comes_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("okddip.signals.SAME_REQUEST", 0.0)
+    monkeypatch.setattr("okddip.signals.SAME_REQUEST_SECONDS", 0.0)
 
     class Destructor:
         def __del__(self) -> None:
@@ -87,7 +87,7 @@ def test_a_signal_whose_exception_was_dropped_is_answered_when_it_comes_again(
     @stop_on_signals()
     def work() -> None:
         Destructor()
-        assert asked_to_stop()
+        assert is_stopping()
         send(signal.SIGINT)
 
     with pytest.raises(SystemExit) as end:
@@ -103,9 +103,9 @@ def test_a_signal_whose_exception_was_dropped_ends_the_run_at_its_next_batch() -
 
     @stop_on_signals()
     def work() -> None:
-        heed()
+        raise_if_stopping()
         Destructor()
-        heed()
+        raise_if_stopping()
         pytest.fail("the run went on")
 
     with pytest.raises(SystemExit) as end:
@@ -153,7 +153,7 @@ def test_a_launcher_decides_how_the_process_ends(end: BaseException) -> None:
 
         @stop_on_signals()
         def work() -> None:
-            with unstopped():
+            with stops_deferred():
                 send(signal.SIGUSR2)
                 assert calls == []
             pytest.fail("the launcher was not asked")
@@ -173,7 +173,7 @@ def test_a_launcher_may_pass_over_a_signal() -> None:
     try:
         with stop_on_signals():
             send(signal.SIGTERM)
-            assert not asked_to_stop()
+            assert not is_stopping()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert calls == [signal.SIGTERM]

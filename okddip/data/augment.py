@@ -1,7 +1,7 @@
 """Random crop, flip and normalisation of a whole batch at once, on the device where the images are.
 
-The draws are made apart from their use: only `draw` knows a generator, so that a batch can be
-drawn once for all ranks and `augment` can be tested on any device.
+Drawing is separate from augmenting: only `draw` takes a generator, so that a batch can be drawn once for all
+ranks and `augment` can be tested on any device.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Draws(NamedTuple):
-    """Random choices for B images: where the crop begins, and whether it is mirrored."""
+    """Random choices for B images: where the crop begins, and whether it is flipped."""
 
     top: Tensor  # [B] int64, 0 ... 2 * pad
     left: Tensor  # [B] int64, 0 ... 2 * pad
@@ -36,7 +36,7 @@ def normalization(mean: Sequence[float], std: Sequence[float], device: torch.dev
 def draw(batch: int, generator: torch.Generator, pad: int, flip: bool) -> Draws:
     """Draw crops and flips for a batch on the generator's device.
 
-    The same numbers are consumed whatever `pad` and `flip` are.
+    Consumes the same random numbers for any `pad` and `flip`.
     """
     device = generator.device
     top, left = torch.randint(2 * pad + 1, (2, batch), generator=generator, device=device)
@@ -91,6 +91,6 @@ def normalize(
     # in place were measured faster than addcmul, which is slow where its arguments broadcast.
     images = images.contiguous(memory_format=memory_format)
     if images.shape[1] == 1 and memory_format == torch.contiguous_format:
-        # bytes of one channel lie the same in both formats; convolutions go by the strides
+        # one channel has the same bytes in both formats; convolutions choose theirs by the strides
         images = images.squeeze(1).unsqueeze(1)
     return images.to(torch.float32).mul_(constants.scale).add_(constants.shift)

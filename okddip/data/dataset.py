@@ -23,14 +23,14 @@ class Dataset:
     Args:
         name: as shown and logged.
         source: where the images come from, see `okddip.data.sources`.
-        root, cache_dir: folders; what the source was made with.
+        root, cache_dir: folders that the source was made with.
         train_size: keep this many training images, a fixed stratified part; None keeps all.
         validation: share of the training images to hold out, a fixed stratified part.
         image_size: a number or (height, width), for sources that scale; None takes the images as they are.
         mean, std: a number a channel, for pixels in [0, 1]; None computes them from the training images.
-        pad: pixels of black around a training image before a crop of its own size is drawn.
+        pad: pixels of black padding around a training image before a crop of the image's size is drawn.
         flip: whether training images are mirrored at random.
-        on_device: keep the images in the device's memory: True, False, or "auto": when they take at most
+        on_device: keep the images in the device's memory: True, False, or "auto", if they take at most
             `device_share` of what is free there.
         device_share: see `on_device`.
 
@@ -70,8 +70,8 @@ class Dataset:
             )
         if pad > min(height, width):
             raise ConfigError(
-                f"dataset.pad={pad}: the images of {name} are {height}x{width}; with more padding than that,"
-                " crops would show nothing but black."
+                f"dataset.pad={pad}: the images of {name} are {height}x{width}; with more padding,"
+                " some crops would be black."
             )
         train, val = hold_out(source.train.labels.numpy(), source.classes, validation, train_size)
         self.splits = {"train": _part(source.train, train), "test": source.test}
@@ -99,8 +99,9 @@ class Dataset:
         seed: int,
         channels_last: bool = False,
         share: Share = ALL,
+        drop_last: bool = False,
     ) -> TrainLoader:
-        """Shuffled, augmented batches of the training images; of each batch a share."""
+        """Shuffled, augmented batches of the training images; of each batch a share. See `TrainLoader`."""
         return TrainLoader(
             self.splits["train"],
             batch_size,
@@ -112,6 +113,7 @@ class Dataset:
             on_device=self._fits(device),
             channels_last=channels_last,
             share=share,
+            drop_last=drop_last,
         )
 
     def eval_loader(
@@ -135,7 +137,7 @@ class Dataset:
         )
 
     def digest(self, split: str) -> str:
-        """Of the images and labels of a split: the same wherever they are."""
+        """A digest of the images and labels of a split, independent of where they are stored."""
         images, labels = self.splits[split]
         digest = hashlib.blake2b(repr((images.shape, self.classes)).encode(), digest_size=8)
         digest.update(labels.numpy().tobytes())
@@ -147,6 +149,7 @@ class Dataset:
         return normalization(self.mean, self.std, device)
 
     def _fits(self, device: torch.device) -> bool:
+        """Whether the images are kept in the device's memory."""
         if self.on_device != "auto" or device.type != "cuda":
             return bool(self.on_device)
         if device not in self._fitting:  # once for all splits, before the first takes its memory
@@ -171,12 +174,13 @@ def check_source(name: str, source: Source) -> None:
             )
         if labels.shape != images.shape[:1] or not len(labels):
             raise ConfigError(
-                f"{where}: {len(images)} images and {len(labels)} labels; as many, and at least 1."
+                f"{where}: {len(images)} images and {len(labels)} labels; there must be as many of"
+                " both, and at least one."
             )
         if images.shape[1:] != source.train.images.shape[1:]:
             raise ConfigError(
                 f"{where}: images are {list(images.shape[1:])} [H, W, C], those of the training split "
-                f"{list(source.train.images.shape[1:])}; they must be alike."
+                f"{list(source.train.images.shape[1:])}; they must be equal."
             )
         outside = labels[(labels < 0) | (labels >= len(source.classes))]
         if len(outside):

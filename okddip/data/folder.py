@@ -7,9 +7,11 @@ import os
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +22,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from okddip.errors import ConfigError
+from okddip.text import composed, for_terminal
 
 log = logging.getLogger(__name__)
 
-# what Pillow may recognise; its other readers are slow, rare or start other programs
+# that Pillow may read; its other readers are slow, rare or start other programs
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 CACHE_VERSION = 2  # raise when decoding changes: older caches are then decoded anew
 SMALL = 64 * 64  # pixels
 MOST_ELONGATED = 16  # of the sides of an image that is scaled whole
+ABANDONED_SECONDS = (
+    3600.0  # after its last change, a temporary file is left over from a process that was killed
+)
 CHUNK = 256  # files a thread decodes at a time
 
 
@@ -43,57 +49,73 @@ class Listing(NamedTuple):
 def scan(root: Path, splits: Sequence[str]) -> Listing:
     """List root/SPLIT/CLASS/*, following links and ignoring what is hidden.
 
+    A class is the name of its folder in Unicode's composed form (NFC), since file systems and archives
+    encode the same name in several ways.
+
     Raises:
-        ConfigError: a folder is missing, unreadable or empty, a class is in one split only, or something is
-            not where it belongs.
+        ConfigError: a folder is missing, unreadable or empty, a class is in one split only or has two folders
+            in one, or something else lies where only folders or images belong.
     """
     if not root.is_dir():
         raise ConfigError(f"dataset.root={root}: there is no such folder.")
     entries = {split: _entries(root / split) for split in splits}
-    classes: dict[str, list[str]] = {}
+    folders: dict[str, dict[str, str]] = {split: {} for split in splits}  # of each class
     for split, found in entries.items():
         for entry in found:
             try:
                 is_folder = entry.is_dir()
             except OSError as error:  # a link in a circle
-                raise ConfigError(f"{entry.path}: cannot be read ({error.strerror}).") from error
+                raise ConfigError(
+                    f"{for_terminal(entry.path)}: cannot be read ({error.strerror})."
+                ) from error
             if not is_folder:
-                raise ConfigError(f"{entry.path}: is no folder; images belong into {root / split}/CLASS/.")
+                raise ConfigError(
+                    f"{for_terminal(entry.path)}: is not a folder; images belong into {root / split}/CLASS/."
+                )
             try:
                 entry.name.encode()
             except UnicodeEncodeError:  # reports and exported networks could not name it
                 name = ascii(os.fsencode(entry.name))
                 raise ConfigError(
-                    f"{root / split}: the class {name} has a name that is no UTF-8; rename it."
+                    f"{root / split}: the class {name} has a name that is not UTF-8; rename it."
                 ) from None
-        classes[split] = sorted(entry.name for entry in found)
+            [name] = composed([entry.name])
+            if name in folders[split]:
+                raise ConfigError(
+                    f"{root / split}: two folders are called {for_terminal(name)}, in two encodings of"
+                    " the same letters (Unicode's NFC and NFD). Move their images into one."
+                )
+            folders[split][name] = entry.name
         if not found:
             raise ConfigError(f"{root / split}: is empty; expected {root / split}/CLASS/* with images.")
     first, *others = splits
     for other in others:
-        for name in sorted(set(classes[first]) ^ set(classes[other])):
-            absent = other if name in classes[first] else first
+        for name in sorted(folders[first].keys() ^ folders[other].keys()):
+            absent = other if name in folders[first] else first
             raise ConfigError(
-                f"{root}: class '{name}' has no folder in {root / absent}; each class must be in each split."
+                f"{root}: class '{for_terminal(name)}' has no folder in {root / absent}; each class must be"
+                " in each split."
             )
+    classes = tuple(sorted(folders[first]))
 
     digest = hashlib.sha256()
     files: dict[str, list[str]] = {split: [] for split in splits}
     labels: dict[str, np.ndarray] = {}
     for split in splits:
         counts = []
-        for name in classes[first]:
-            found = sorted(_entries(root / split / name), key=lambda entry: entry.name)
+        for name in classes:
+            folder = root / split / folders[split][name]
+            found = sorted(_entries(folder), key=lambda entry: entry.name)
             if not found:
                 raise ConfigError(
-                    f"{root / split / name}: is empty; every class needs an image in every split."
+                    f"{for_terminal(folder)}: is empty; every class needs an image in every split."
                 )
             for entry in found:
                 digest.update(os.fsencode(f"{split}/{name}/{entry.name}") + _stamp(entry))
             files[split].extend(entry.path for entry in found)
             counts.append(len(found))
         labels[split] = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-    return Listing(tuple(classes[first]), files, labels, digest.hexdigest())
+    return Listing(classes, files, labels, digest.hexdigest())
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -101,16 +123,18 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be listed ({error.strerror}).") from error
+        raise ConfigError(f"{for_terminal(folder)}: cannot be listed ({error.strerror}).") from error
 
 
 def _stamp(entry: os.DirEntry[str]) -> bytes:
     try:
         stat = entry.stat()
         if not entry.is_file():
-            raise ConfigError(f"{entry.path}: is no file; images lie directly in the folder of their class.")
+            raise ConfigError(
+                f"{for_terminal(entry.path)}: is not a file; images belong into the folder of their class."
+            )
     except OSError as error:
-        raise ConfigError(f"{entry.path}: cannot be read ({error.strerror}).") from error
+        raise ConfigError(f"{for_terminal(entry.path)}: cannot be read ({error.strerror}).") from error
     return f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode()
 
 
@@ -131,18 +155,14 @@ def read_image(path: str, channels: int = 3) -> Image.Image:
             return convert(file, channels)
     except Image.UnidentifiedImageError as error:
         raise ConfigError(
-            f"{printable(path)}: is no image, or its beginning is damaged (known formats:"
+            f"{for_terminal(path)}: is not an image, or its beginning is damaged (known formats:"
             f" {', '.join(FORMATS)}); remove or replace it."
         ) from error
-    except (
-        Exception
-    ) as error:  # damaged files make Pillow's readers raise SyntaxError, struct.error, zlib.error...
-        raise ConfigError(f"{printable(path)}: cannot be decoded ({error}); remove or replace it.") from error
-
-
-def printable(path: str) -> str:
-    """A path for messages: log files, in UTF-8, cannot hold every name."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    # damaged files make Pillow's readers raise SyntaxError, struct.error, zlib.error...
+    except Exception as error:
+        raise ConfigError(
+            f"{for_terminal(path)}: cannot be decoded ({error}); remove or replace it."
+        ) from error
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
@@ -177,7 +197,7 @@ def scale_and_crop(image: Image.Image, shorter: int, size: tuple[int, int]) -> I
     """Scale an image until its shorter side is `shorter`, and crop (height, width) at its centre.
 
     The pixels are those of torchvision's `Resize` and `CenterCrop`. Of a very long image only the middle is
-    scaled, more than is kept of it: the whole of 1x20,000 pixels would become 256x5,120,000.
+    scaled: all of 1x20,000 pixels would become 256x5,120,000.
     """
     longest = MOST_ELONGATED * min(image.size)
     if max(image.size) > longest:
@@ -195,7 +215,7 @@ def crop_at_centre(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def check_memory(description: str, shape: tuple[int, int, int, int]) -> None:
-    """Refuse [N, H, W, C] bytes that are more than the memory of this machine.
+    """Refuse images of a shape [N, H, W, C] that do not fit into the memory of this machine.
 
     Raises:
         ConfigError: says how much there is.
@@ -218,7 +238,7 @@ def decode(files: Sequence[str], size: tuple[int, int] | None, channels: int, de
         size: (height, width) to which images are scaled, the shorter side exactly and the longer one cropped
             at its centre; None takes them as they are, all of one size.
         channels: 3 (RGB) or 1 (grey).
-        description: what the progress bar says.
+        description: label of the progress bar; any text.
 
     Raises:
         ConfigError: a file cannot be read or has another size than the first; it is named.
@@ -230,6 +250,7 @@ def decode(files: Sequence[str], size: tuple[int, int] | None, channels: int, de
             image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
         return np.asarray(image).reshape(image.height, image.width, channels)
 
+    description = for_terminal(description)
     first = read(files[0])
     check_memory(description, (len(files), *first.shape))
     images = np.empty((len(files), *first.shape), dtype=np.uint8)
@@ -242,9 +263,9 @@ def decode(files: Sequence[str], size: tuple[int, int] | None, channels: int, de
             image = read(path)
             if image.shape != first.shape:
                 raise ConfigError(
-                    f"{path}: is {image.shape[1]}x{image.shape[0]} (width x height), but {files[0]} is "
-                    f"{first.shape[1]}x{first.shape[0]}; all images must be of one size, or give "
-                    f"dataset.image_size, to which they are scaled."
+                    f"{for_terminal(path)}: is {image.shape[1]}x{image.shape[0]} (width x height), but "
+                    f"{for_terminal(files[0])} is {first.shape[1]}x{first.shape[0]}; all images must be of "
+                    f"one size, or give dataset.image_size, to which they are scaled."
                 )
             images[index] = image
         return min(CHUNK, len(files) - start)
@@ -310,7 +331,7 @@ def _load(path: Path, stamp: str) -> dict[str, Tensor] | None:
         cached = torch.load(path, mmap=True, weights_only=True)
     except FileNotFoundError:
         return None
-    except Exception as error:  # whatever a damaged file causes, the images can be decoded again
+    except Exception as error:  # a damaged file can cause any; the images can be decoded again
         log.warning("%s cannot be read (%s); decoding the images again.", path, error)
         return None
     return cached["images"] if cached["stamp"] == stamp else None
@@ -320,15 +341,20 @@ def _save(path: Path, content: dict[str, Any]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        for left in path.parent.glob(f".{path.stem}-*"):  # left over from a process that was killed
+            with suppress(FileNotFoundError):  # another process has just removed or renamed it
+                if left.stat().st_mtime < time.time() - ABANDONED_SECONDS:
+                    left.unlink()
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", delete=False) as file:
             temporary = Path(file.name)
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)  # whole or not at all, also when several runs decode at once
+        temporary.replace(path)  # atomic, also when several runs decode at once
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         log.warning(
             "dataset.cache_dir=%s: cannot be written (%s); the next run decodes again.", path.parent, error
         )
+    finally:  # also after a signal
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

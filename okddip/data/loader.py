@@ -1,4 +1,4 @@
-"""Batches of a data set that is held in memory as uint8 images, if possible in the device's own."""
+"""Batches of a data set whose uint8 images are held in memory: the host's or the device's."""
 
 from collections.abc import Generator
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor
 from okddip.data.augment import Draws, Normalization, augment, draw, normalize
 from okddip.data.sources import Split
 
-Batches = Generator[tuple[Tensor, Tensor], None, None]  # images and labels; closed by who takes them
+Batches = Generator[tuple[Tensor, Tensor], None, None]  # images and labels; closed by the consumer
 
 
 def seed_of(*words: int) -> int:
@@ -19,14 +19,14 @@ def seed_of(*words: int) -> int:
 
 
 def batch_seed(seed: int, epoch: int, step: int) -> int:
-    """The seed of what is drawn for one batch."""
+    """The seed of the random draws of one batch."""
     # steps count from 1 here: to SeedSequence (seed, epoch) and (seed, epoch, 0) are the same, and
     # (seed, epoch) is the seed of the epoch's order
     return seed_of(seed, epoch, step + 1)
 
 
 class Share(NamedTuple):
-    """Which part of each batch a loader gives: that of one rank of several, or all."""
+    """The part of each batch that a loader yields: that of one rank of several, or all."""
 
     rank: int = 0
     ranks: int = 1
@@ -34,8 +34,8 @@ class Share(NamedTuple):
     def of(self, size: int) -> slice:
         """The part of a batch of `size` images.
 
-        Parts are as equal as can be, and of two images at least (batch norm cannot normalise a single value)
-        or none.
+        Parts are as equal as possible. Each has no image, or at least two (batch norm cannot normalise a
+        single value).
         """
         sharing = max(1, min(self.ranks, size // 2))
         first, end = (min(rank, sharing) * size // sharing for rank in (self.rank, self.rank + 1))
@@ -50,7 +50,7 @@ ALL = Share()
 
 
 class _Loader:
-    """What training and evaluation share: the images, their size in batches and the way to the device."""
+    """What training and evaluation share: the images, the number of batches, the copy to the device."""
 
     def __init__(
         self,
@@ -89,19 +89,20 @@ class _Loader:
 
 
 class TrainLoader(_Loader):
-    """Shuffled and augmented batches; epoch and step alone decide what is drawn, no state is carried.
+    """Shuffled and augmented batches; random draws depend on seed, epoch and step alone.
 
     Args:
         split: uint8 images [N, H, W, C], labels [N].
         batch_size: the last batch of an epoch may be smaller. One image alone is left out: batch norm cannot
             normalise a single value.
-        device: where the batches are wanted.
+        drop_last: leave out any smaller batch. Which images that are changes with the epoch's order.
+        device: of the batches.
         constants: of the normalisation, on `device`.
         seed: non-negative.
         pad, flip: see `augment`.
         on_device: whether the images are kept on `device` or stay on the host.
         channels_last: memory format of the batches.
-        share: what is given of each batch; the same images whether it is shared or not.
+        share: the part of each batch that is yielded; sharing changes no image.
     """
 
     def __init__(
@@ -117,18 +118,20 @@ class TrainLoader(_Loader):
         on_device: bool = True,
         channels_last: bool = False,
         share: Share = ALL,
+        drop_last: bool = False,
     ) -> None:
         super().__init__(split, batch_size, device, constants, on_device, channels_last, share)
+        self.smallest = batch_size if drop_last else 2
         self.seed = seed
         self.pad = pad
         self.flip = flip
 
     def __len__(self) -> int:
-        return self.size // self.batch_size + (self.size % self.batch_size > 1)
+        return self.size // self.batch_size + (self.size % self.batch_size >= self.smallest)
 
     def batches(self, epoch: int) -> Batches:
         """Images [B, C, H, W] float32 and labels [B] of one epoch (counted from 0), on the device."""
-        # on the CPU, wherever the images are: ranks of which one keeps them on its device agree on the order
+        # on the CPU, so that ranks agree on the order even if only some keep the images on their device
         shuffler = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         order = torch.randperm(self.size, generator=shuffler).to(self.images.device)
         drawer = torch.Generator(self.device)
@@ -141,7 +144,7 @@ class TrainLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """All images in their order, normalised and otherwise as they are."""
+    """All images in order, normalised and not augmented."""
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
     Args:
         options: the group as composed; only the keys it has are checked, so that a user's own data set
-            need not have them all.
+            does not need all of them.
 
     Raises:
         ConfigError: names the key, the value found and what is allowed.

@@ -1,6 +1,6 @@
-"""Where images come from: each function reads one data set into memory, whole, as uint8.
+"""Sources of images: each function reads a whole data set into memory, as uint8.
 
-A source of one's own is any function that returns a `Source`, named by `_target_` under `dataset.source`.
+Your own source is any function that returns a `Source`, named by `_target_` under `dataset.source`.
 """
 
 import gzip
@@ -37,12 +37,12 @@ class Source(NamedTuple):
 
 
 def cifar10(root: str) -> Source:
-    """CIFAR-10 (Krizhevsky 2009) as torchvision keeps it, downloaded and checksummed if absent.
+    """CIFAR-10 (Krizhevsky 2009) as torchvision keeps it, downloaded if absent; checksums are verified.
 
     Raises:
-        ConfigError: it is not there and cannot be downloaded, or the archive is damaged.
+        ConfigError: it is absent and cannot be downloaded, or the archive is damaged.
     """
-    from torchvision.datasets import CIFAR10  # here and below: what a run does not use need not be imported
+    from torchvision.datasets import CIFAR10  # here and below: imported only by the runs that use it
 
     return _cifar(CIFAR10, Path(root).expanduser())
 
@@ -57,7 +57,7 @@ def cifar100(root: str) -> Source:
 def _cifar(dataset: Any, root: Path) -> Source:
     try:
         train = dataset(root, train=True)
-    except RuntimeError:  # absent or damaged, says its check of the MD5 sums
+    except RuntimeError:  # its MD5 check finds files absent or damaged
         _fetch(root, dataset.filename, dataset.tgz_md5, [dataset.url])
         with _refusing_damage(root / dataset.filename):
             train = dataset(root, train=True, download=True)  # unpacks
@@ -79,7 +79,7 @@ def fashion_mnist(root: str) -> Source:
     from Debian's package, else downloaded.
 
     Raises:
-        ConfigError: it is nowhere and cannot be downloaded, or a file is damaged.
+        ConfigError: it is in none of them and cannot be downloaded, or a file is damaged.
     """
     from torchvision.datasets import FashionMNIST
 
@@ -149,7 +149,7 @@ def image_folder(
 
     Args:
         root: read only.
-        cache_dir: made if absent; if it cannot be written a warning says so.
+        cache_dir: made if absent; if it cannot be written, a warning is logged.
         image_size: a number or (height, width), to which images are scaled and cropped; None if all are of
             one size.
         channels: 3 for RGB, 1 for grey.
@@ -170,10 +170,10 @@ DOWNLOAD_TIMEOUT = 10  # seconds without an answer
 
 
 def _fetch(folder: Path, name: str, md5: str, urls: Sequence[str]) -> None:
-    """Make sure that folder/name is there and whole, downloading it if it is absent.
+    """Make sure that folder/name is complete, and download it if it is absent.
 
     Raises:
-        ConfigError: what is there has another MD5 sum, or no address gives it.
+        ConfigError: the file has another MD5 sum, or no address serves it.
     """
     from torchvision.datasets.utils import download_url
 
@@ -184,7 +184,7 @@ def _fetch(folder: Path, name: str, md5: str, urls: Sequence[str]) -> None:
         if found == md5:
             return
         raise ConfigError(
-            f"{path}: is damaged or half downloaded (MD5 {found} instead of {md5}). Remove it and start "
+            f"{path}: is damaged or incomplete (MD5 {found} instead of {md5}). Remove it and start "
             f"again, or download it by hand from {urls[0]}."
         )
     failures = []
@@ -192,7 +192,7 @@ def _fetch(folder: Path, name: str, md5: str, urls: Sequence[str]) -> None:
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # into a folder of its own first: what is cut off half-way never bears the file's name
+        # into a temporary folder first, so that an interrupted download never has the file's name
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
             for url in urls:
                 try:

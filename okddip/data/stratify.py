@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from okddip.errors import ConfigError
+from okddip.text import for_terminal
 
 
 def stratified_order(labels: np.ndarray) -> np.ndarray:
-    """Order all indices so that every prefix holds each class in proportion, as nearly as can be.
+    """Order all indices so that every prefix holds each class in proportion, as nearly as possible.
 
-    The order is random within a class but fixed: it knows no seed of a run. Parts taken as prefixes
-    are nested, the first 1,000 images are among the first 5,000.
+    The order is random within a class but fixed: it does not depend on the run's seed. Prefixes are nested:
+    the first 1,000 images are among the first 5,000.
 
     Args:
         labels: integers [N].
@@ -41,7 +42,7 @@ def hold_out(
         train_size: how many of the other images to keep, None for all.
 
     Raises:
-        ConfigError: `train_size` is larger than what there is, or a part would lack a class.
+        ConfigError: `train_size` is larger than the training set, or a part would lack a class.
     """
     order = stratified_order(labels)
     held = round(validation * len(labels))
@@ -60,7 +61,7 @@ def hold_out(
         absent = set(range(len(classes))) - set(np.unique(labels[indices]).tolist())
         if absent and (part == "training" or validation > 0):
             raise ConfigError(
-                f"{key}: class '{classes[min(absent)]}' would have no {part} image "
+                f"{key}: class '{for_terminal(classes[min(absent)])}' would have no {part} image "
                 f"(it has {int((labels == min(absent)).sum())} in all); give a larger value."
             )
     return train, val

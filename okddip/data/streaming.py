@@ -22,12 +22,13 @@ from torchvision.transforms import v2
 
 from okddip import distributed
 from okddip.data.augment import Normalization, normalization, normalize
-from okddip.data.folder import printable, read_image, scale_and_crop, scan
+from okddip.data.folder import read_image, scale_and_crop, scan
 from okddip.data.loader import ALL, Batches, Share, batch_seed, seed_of
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
 from okddip.errors import ConfigError, check_choice
-from okddip.signals import leave_signals_to_the_parent, unstopped
+from okddip.signals import ignore_signals_in_worker, stops_deferred
+from okddip.text import for_terminal
 
 log = logging.getLogger(__name__)
 
@@ -36,19 +37,20 @@ class StreamingDataset:
     """root/train/CLASS/* and root/val/CLASS/* (ImageNet's folders; val is the test split), in RGB.
 
     Training images are random resized crops (area 8% to 100%, aspect ratio 3/4 to 4/3), flipped at random;
-    test images are scaled until their shorter side is `resize` and cropped at the centre. The same public
-    face as `okddip.data.dataset.Dataset`; the constructor's arguments are the keys of the config group.
+    test images are scaled until their shorter side is `resize` and cropped at the centre. Has the
+    attributes and methods of `okddip.data.dataset.Dataset`; the constructor's arguments are the keys of the
+    config group.
 
     Args:
         name, root, train_size, validation, mean, std, flip: as there; mean and std must be given.
         image_size: of the crops, one number.
         resize: see above; at least `image_size`.
-        workers: processes that decode, at most one a core; 0 decodes in the training process. Changes no
-            number.
-        bad_images: what an image that cannot be read does: "refuse" ends the run naming it, "skip" leaves it
-            out of its batch, warns, and counts it in the loader's `skipped`.
-        pad, on_device, cache_dir, device_share: of data sets in memory; only None, False and any folder and
-            number are allowed.
+        workers: processes that decode, at most one a core; 0 decodes in the training process. The images
+            are the same for any number.
+        bad_images: for an image that cannot be read: "refuse" ends the run with its name, "skip" leaves it
+            out of its batch, logs a warning, and counts it in the loader's `skipped`.
+        pad, on_device: for data sets in memory; only None and False are allowed.
+        cache_dir, device_share: for data sets in memory; ignored.
 
     Raises:
         ConfigError: a value is not allowed, or a folder is not as it should be.
@@ -89,11 +91,11 @@ class StreamingDataset:
                 "bad_images": bad_images,
             }
         )
-        self._check_alone(image_size, resize, mean, pad, on_device)
+        self._check_streamed(image_size, resize, mean, pad, on_device)
         folder = Path(root).expanduser()
         listing = scan(folder, ("train", "val"))
         train, val = hold_out(listing.labels["train"], listing.classes, validation, train_size)
-        # as bytes: workers would copy the memory of a million Python strings by counting references
+        # as bytes: counting references to Python strings would copy their memory in each worker
         files = {
             split: np.array([os.fsencode(path) for path in paths]) for split, paths in listing.files.items()
         }
@@ -108,7 +110,7 @@ class StreamingDataset:
         self.image_size = (image_size, image_size)
         self.sizes = {split: len(part.labels) for split, part in self.splits.items()}
         self.mean, self.std = tuple(mean), tuple(std)
-        cores = len(os.sched_getaffinity(0)) // distributed.ranks_on_this_machine()
+        cores = len(os.sched_getaffinity(0)) // distributed.local_world_size()
         self.workers = min(workers, max(1, cores))
         self.bad_images = bad_images
         self.train_transform = v2.Compose(
@@ -117,10 +119,10 @@ class StreamingDataset:
         self.test_transform = partial(scale_and_crop, shorter=resize, size=self.image_size)
 
     @staticmethod
-    def _check_alone(
+    def _check_streamed(
         image_size: object, resize: int, mean: Sequence[float] | None, pad: object, on_device: object
     ) -> None:
-        """What is allowed for data sets in memory, and not here."""
+        """Refuse what only data sets in memory allow."""
         if not isinstance(image_size, int) or resize < image_size:
             raise ConfigError(
                 f"dataset.image_size={image_size}, dataset.resize={resize}: a streamed data set needs one "
@@ -137,7 +139,7 @@ class StreamingDataset:
             )
 
     def digest(self, split: str) -> str:
-        """Of the files' names and labels in a split, without the folder; images are not read for it."""
+        """A digest of the names and labels of a split's files, without the folder; reads no image."""
         paths, labels = self.splits[split]
         digest = hashlib.blake2b(repr(self.classes).encode(), digest_size=8)
         digest.update(labels.tobytes())
@@ -152,8 +154,9 @@ class StreamingDataset:
         seed: int,
         channels_last: bool = False,
         share: Share = ALL,
+        drop_last: bool = False,
     ) -> "StreamingLoader":
-        """Shuffled, augmented batches of the training images; of each batch a share."""
+        """Shuffled, augmented batches of the training images, or a share of each. See `TrainLoader`."""
         return StreamingLoader(
             self,
             self.splits["train"],
@@ -163,6 +166,7 @@ class StreamingDataset:
             channels_last,
             seed=seed,
             share=share,
+            drop_last=drop_last,
         )
 
     def eval_loader(
@@ -173,7 +177,7 @@ class StreamingDataset:
         channels_last: bool = False,
         share: Share = ALL,
     ) -> "StreamingLoader":
-        """Batches of a split ("train", "test" or "val") in order, without augmentation; a share of each."""
+        """Batches of a split ("train", "test" or "val") in order, not augmented, or a share of each."""
         check_choice("split", split, self.splits)
         return StreamingLoader(
             self,
@@ -193,11 +197,11 @@ class Files(NamedTuple):
 
 
 class StreamingLoader:
-    """Batches decoded ahead by workers, copied to the device without a wait and normalised there.
+    """Batches that workers decode ahead; they are copied asynchronously to the device and normalised there.
 
     Args:
         seed: None for all images in order.
-        share: see `okddip.data.loader.TrainLoader`.
+        share, drop_last: see `okddip.data.loader.TrainLoader`.
     """
 
     def __init__(
@@ -211,8 +215,10 @@ class StreamingLoader:
         *,
         seed: int | None,
         share: Share,
+        drop_last: bool = False,
     ) -> None:
         self.share = share
+        self.smallest = 1 if seed is None else batch_size if drop_last else 2
         self.image_size = dataset.image_size
         self.size = len(files.labels)
         self.skipped = 0  # images left out so far because they cannot be read
@@ -226,13 +232,12 @@ class StreamingLoader:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
-        alone = self.seed is not None and self.size % self.batch_size == 1
-        return -(-self.size // self.batch_size) - alone
+        return self.size // self.batch_size + (self.size % self.batch_size >= self.smallest)
 
     def batches(self, epoch: int = 0) -> Batches:
         """Images [B, 3, H, W] float32 and labels [B] of one epoch (counted from 0), on the device.
 
-        Workers decode as long as it is not closed.
+        Workers decode until it is closed.
 
         Raises:
             ConfigError: an image cannot be read and `bad_images` is "refuse".
@@ -242,9 +247,9 @@ class StreamingLoader:
             batch_sampler=self._draws(epoch),
             collate_fn=_collate,
             num_workers=self.workers,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=ignore_signals_in_worker,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # or it would draw from the default one, which dropout uses
+            generator=torch.Generator(),  # else it would draw from the default generator, which dropout uses
         )
         with closing(self._decoded(loader)) as decoded:
             for images, labels, errors in decoded:
@@ -267,37 +272,39 @@ class StreamingLoader:
         others = set(multiprocessing.active_children())
         batches = None
         try:
-            with unstopped():  # Python drops what is raised while a process forks
+            with stops_deferred():  # Python drops an exception that is raised while a process forks
                 batches = iter(loader)
             if threading.current_thread() is threading.main_thread():
-                # PyTorch's handler would raise for a dead worker wherever training is just then
+                # PyTorch's handler would raise for a dead worker at any point of the training
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield from batches
         except (RuntimeError, OSError, EOFError) as error:
             if isinstance(error, RuntimeError) and "worker" not in str(error):
                 raise
-            # killed for want of memory, in most cases
+            # in most cases it was killed because memory was full
             raise ConfigError(
                 f"dataset.workers={self.workers}: a process that decodes images has died, or could not start"
                 f" ({(str(error) or type(error).__name__).splitlines()[0]}). Is memory or"
-                " /dev/shm full? Fewer workers need less. The last checkpoint is whole; go on with"
+                " /dev/shm full? Fewer workers need less. The last checkpoint is whole; resume with"
                 " trainer.resume=auto."
             ) from error
         finally:
-            # ends the workers, unless a traceback holds it; they would then outlive the end of this process,
-            # which waits for them, as they answer no signal
+            # This ends the workers, unless a traceback refers to it. They ignore signals, and this process
+            # would wait for them when it ends.
             del batches
             for worker in set(multiprocessing.active_children()) - others:
                 worker.kill()
 
     def _draws(self, epoch: int) -> Iterator[list["Draw"]]:
-        """What each batch consists of. An image's draws hang on its place in the epoch, neither on the worker
-        that decodes it nor on the rank."""
+        """The images of each batch with their seeds.
+
+        A seed depends on the image's place in the epoch, not on the worker that decodes it or on the rank.
+        """
         order = torch.arange(self.size)
         if self.seed is not None:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
             order = torch.randperm(self.size, generator=generator)
-        for first in range(0, self.size, self.batch_size):
+        for first in range(0, self.size, self.batch_size)[: len(self)]:
             places = range(first, min(first + self.batch_size, self.size))
             yield [
                 Draw(int(order[place]), None if self.seed is None else batch_seed(self.seed, epoch, place))
@@ -313,7 +320,7 @@ class Draw(NamedTuple):
 
 
 class _Samples(MapDataset):
-    """Decoded and transformed images; one that cannot be read is returned as what is wrong with it."""
+    """Decoded and transformed images; for one that cannot be read, the error message."""
 
     def __init__(self, files: Files, transform: Callable[[Image.Image], Image.Image]) -> None:
         self.files = files
@@ -326,7 +333,7 @@ class _Samples(MapDataset):
         path = os.fsdecode(self.files.paths[draw.image])
         try:
             image = read_image(path)
-            # the transforms draw from the default generator; without workers it is the training's own
+            # the transforms draw from the default generator, which without workers is that of the training
             with torch.random.fork_rng(devices=[], enabled=draw.seed is not None):
                 if draw.seed is not None:
                     torch.manual_seed(draw.seed)
@@ -335,7 +342,7 @@ class _Samples(MapDataset):
             return str(error)
         except (OSError, ValueError, MemoryError) as error:
             reason = str(error) or "out of memory"
-            return f"{printable(path)}: cannot be scaled ({reason}); remove or replace it."
+            return f"{for_terminal(path)}: cannot be scaled ({reason}); remove or replace it."
         return torch.from_numpy(pixels.copy()), int(self.files.labels[draw.image])
 
 

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from okddip.errors import ConfigError, Incompatible, check_choice, check_number
-from okddip.methods.losses import ramp_weight
-from okddip.models.group import GroupOutput
+from okddip.methods.losses import log_softened, ramp_weight, soft_loss
+from okddip.outputs import GroupOutput
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Method(nn.Module):
         self.auxiliary = peers
         self.kept = 0
         self.primary = "mean"
-        self.ramp: Callable[[int], float] = no_ramp
+        self.ramp: Callable[[int], float] = Ramp(0, 0, epochs)
 
     @property
     def predictors(self) -> tuple[str, ...]:
@@ -115,9 +115,57 @@ class Method(nn.Module):
             return self.losses(output, labels, ramp)
 
 
-def no_ramp(epoch: int) -> float:
-    """The ramp of methods that have none."""
-    return 1.0
+class Distillation(Method):
+    """A method whose loss is hard + alpha * ramp * soft: what all of these have in common."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        loss: str,
+        alpha: float = 1.0,
+        ramp_epochs: float | None = None,
+        ramp_start: float = 0.0,
+        detach_targets: bool = False,
+        **group: Any,
+    ) -> None:
+        """
+        Args:
+            temperature: T, softens predictions and targets.
+            loss: `kl` or `ce`, see `soft_loss`.
+            alpha: weight of the soft loss.
+            ramp_epochs, ramp_start: see `Ramp`; None: the method has no ramp.
+            detach_targets: send no gradient through the targets.
+            group: see `Method`.
+        """
+        super().__init__(**group)
+        check_number("method.temperature", temperature, above=0)
+        check_number("method.alpha", alpha, minimum=0)
+        check_choice("method.loss", loss, ("kl", "ce"))
+        check_choice("method.detach_targets", detach_targets, (True, False))
+        self.temperature = temperature
+        self.loss = loss
+        self.alpha = alpha
+        self.has_ramp = ramp_epochs is not None
+        if ramp_epochs is not None:
+            self.ramp = Ramp(ramp_epochs, ramp_start, self.epochs)
+        self.detach_targets = detach_targets
+
+    def sources(self, logits: Tensor) -> Tensor:
+        """Logits that targets are made of, with their gradient or without. Same shape."""
+        return logits.detach() if self.detach_targets else logits
+
+    def soften(self, logits: Tensor) -> Tensor:
+        """Logits as targets: log-probabilities at temperature T. Same shape."""
+        return log_softened(logits, self.temperature)
+
+    def soft_loss(self, logits: Tensor, log_targets: Tensor) -> Tensor:
+        """What the predictions [..., B, K] cost against log-probabilities at temperature T, 0-dim."""
+        return soft_loss(logits, log_targets, self.temperature, self.loss)
+
+    def weighted(self, hard: Tensor, soft: Tensor, ramp: Tensor) -> Tensor:
+        """The total loss, 0-dim."""
+        return hard + (self.alpha * ramp if self.has_ramp else self.alpha) * soft
 
 
 class Ramp:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from okddip.methods.base import Losses, Method
 from okddip.methods.losses import hard_loss
-from okddip.models.group import GroupOutput
+from okddip.outputs import GroupOutput
 
 
 class Baseline(Method):

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from okddip.methods.base import Losses, Method, with_ensemble
 from okddip.methods.losses import hard_loss
-from okddip.models.group import GroupOutput
+from okddip.outputs import GroupOutput
 
 
 class Independent(Method):

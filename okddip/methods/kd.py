@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from okddip.errors import ConfigError
-from okddip.methods.base import Losses, Method, at_least_single
-from okddip.methods.losses import check_soft_loss, hard_loss, log_softened, soft_loss
-from okddip.models.group import GroupOutput
+from okddip.methods.base import Distillation, Losses, at_least_single
+from okddip.methods.losses import hard_loss
+from okddip.outputs import GroupOutput
 
 
-class KD(Method):
+class KD(Distillation):
     """hard + alpha * soft: the labels, and the predictions of a teacher that stays as it is.
 
     The group carries the teacher and hands its logits over in `GroupOutput.teacher`.
@@ -20,28 +20,15 @@ class KD(Method):
     fewest_peers = 1
     most_peers = 1
 
-    def __init__(
-        self,
-        *,
-        teacher: str | None,
-        teacher_model: str | None,
-        temperature: float,
-        alpha: float,
-        loss: str,
-        **group: Any,
-    ) -> None:
+    def __init__(self, *, teacher: str | None, teacher_model: str | None, **settings: Any) -> None:
         """
         Args:
-            teacher: where the trained teacher is; the path of a checkpoint, `runs:/ID`, or `auto`, see
-                `okddip.teacher`.
+            teacher: where the trained teacher is; the path of a checkpoint, `runs:/ID`, or `auto`: a finished
+                baseline of `teacher_model`, trained first where the store has none.
             teacher_model: with `auto`, the model that the teacher is.
-            temperature: T, softens the predictions of both.
-            alpha: weight of the soft loss.
-            loss: `kl` or `ce`, see `soft_loss`.
-            group: see `Method`.
+            settings: see `Distillation`. No gradient flows through the teacher.
         """
-        super().__init__(**group)
-        check_soft_loss(temperature, alpha, loss)
+        super().__init__(**settings)
         if not teacher:
             raise ConfigError(
                 "method.teacher is not set: name the checkpoint of a trained network"
@@ -53,9 +40,6 @@ class KD(Method):
                 "method.teacher=auto: takes method.teacher_model, an option of the group `model`,"
                 " such as resnet110."
             )
-        self.temperature = temperature
-        self.alpha = alpha
-        self.loss = loss
         self.primary = "student"
 
     @property
@@ -66,6 +50,6 @@ class KD(Method):
         assert output.teacher is not None, "the group was built without a teacher"
         teacher = at_least_single(output.teacher.detach())[None]  # [1, B, K]
         hard = hard_loss(output.logits, labels)
-        soft = soft_loss(output.logits, log_softened(teacher, self.temperature), self.temperature, self.loss)
+        soft = self.soft_loss(output.logits, self.soften(teacher))
         predictions = torch.cat([output.logits, teacher])
-        return Losses(hard + self.alpha * soft, {"hard": hard, "soft": soft}, predictions)
+        return Losses(self.weighted(hard, soft, ramp), {"hard": hard, "soft": soft}, predictions)

@@ -5,8 +5,6 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from okddip.errors import check_choice, check_number
-
 
 def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy with the labels, batch mean, summed over peers.
@@ -60,10 +58,3 @@ def ramp_weight(epoch: float, length: float) -> float:
     if epoch >= length:
         return 1.0
     return math.exp(-5.0 * (1 - epoch / length) ** 2)
-
-
-def check_soft_loss(temperature: float, alpha: float, loss: str) -> None:
-    """Refuse settings that make no soft loss. Raises ConfigError."""
-    check_number("method.temperature", temperature, above=0)
-    check_number("method.alpha", alpha, minimum=0)
-    check_choice("method.loss", loss, ("kl", "ce"))

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from okddip.errors import Incompatible, check_choice, check_number
-from okddip.methods.base import Losses, Method, Ramp, with_ensemble
-from okddip.methods.losses import check_soft_loss, hard_loss, log_softened, soft_loss
-from okddip.models.group import GroupOutput
+from okddip.methods.base import Distillation, Losses, with_ensemble
+from okddip.methods.losses import hard_loss
+from okddip.outputs import GroupOutput
 
 
-class OKDDip(Method):
+class OKDDip(Distillation):
     """hard + alpha * ramp * (first_level + second_level).
 
     First level: each auxiliary peer imitates a mixture of its own, the peers' logits weighted by attention
@@ -25,59 +25,38 @@ class OKDDip(Method):
     def __init__(
         self,
         *,
-        temperature: float,
-        alpha: float,
-        ramp_epochs: float,
-        ramp_start: float,
-        loss: str,
         leader: bool,
         attention: bool,
         include_self: bool,
-        detach_targets: bool,
         aggregate: str,
         projection_factor: int,
-        **group: Any,
+        **settings: Any,
     ) -> None:
         """
         Args:
-            temperature: T, softens the predictions of all.
-            alpha: weight of both soft losses.
-            ramp_epochs, ramp_start: see `Ramp`.
-            loss: `kl` or `ce`, see `soft_loss`.
             leader: the last peer is the group leader; false: all are auxiliary peers, no second level.
             attention: learn the weights of the mixtures; false: each is the uniform mean.
             include_self: a peer's own logits take part in its mixture.
-            detach_targets: send no gradient into the peers' logits inside the targets. The attention weights
-                keep theirs, or the projections would learn nothing.
             aggregate: mix the peers' `logits`, before the softmax, or their softened `probabilities`.
             projection_factor: query and key have D / projection_factor features.
-            group: see `Method`.
+            settings: see `Distillation`. With `detach_targets` the attention weights keep their gradient, or
+                the projections would learn nothing.
         """
-        for key, switch in {
-            "leader": leader,
-            "attention": attention,
-            "include_self": include_self,
-            "detach_targets": detach_targets,
-        }.items():
+        switches = {"leader": leader, "attention": attention, "include_self": include_self}
+        for key, switch in switches.items():
             check_choice(f"method.{key}", switch, (True, False))
-        super().__init__(**group)
+        super().__init__(**settings)
         if leader and self.peers < 3:
             raise Incompatible(
                 f"method.peers={self.peers}: OKDDip takes at least 3, two auxiliary peers and the group"
                 " leader (2 with method.leader=false)."
             )
-        check_soft_loss(temperature, alpha, loss)
         check_choice("method.aggregate", aggregate, ("logits", "probabilities"))
         check_number(
             "method.projection_factor", projection_factor, minimum=1, maximum=self.feature_dim, integer=True
         )
-        self.temperature = temperature
-        self.alpha = alpha
-        self.ramp = Ramp(ramp_epochs, ramp_start, self.epochs)
-        self.loss = loss
         self.leader = leader
         self.include_self = include_self
-        self.detach_targets = detach_targets
         self.aggregate = aggregate
         self.auxiliary = self.peers - 1 if leader else self.peers
         self.kept = self.peers - 1 if leader else 0
@@ -96,7 +75,7 @@ class OKDDip(Method):
         return (*(f"peer{i}" for i in range(self.auxiliary)), *leader, "ensemble")
 
     def attend(self, features: Tensor) -> Tensor:
-        """How much each auxiliary peer (a) heeds each (b): softmax over b of q(h_a) . k(h_b), unscaled.
+        """How much attention peer a pays to peer b: softmax over b of q(h_a) . k(h_b), unscaled.
 
         Args:
             features: [A, B, D], of the auxiliary peers.
@@ -122,12 +101,11 @@ class OKDDip(Method):
         Returns:
             [A, B, K] for the auxiliary peers, [1, B, K] for the leader.
         """
-        if self.detach_targets:
-            logits = logits.detach()
+        logits = self.sources(logits)
         if self.aggregate == "logits":
             mixtures = torch.einsum("bac,cbk->abk", attention, logits)  # [A, B, K]
             mean = logits.mean(0, keepdim=True)  # [1, B, K]
-            return log_softened(mixtures, self.temperature), log_softened(mean, self.temperature)
+            return self.soften(mixtures), self.soften(mean)
         probabilities = (logits / self.temperature).softmax(-1)  # [A, B, K]
         mixtures = torch.einsum("bac,cbk->abk", attention, probabilities)  # [A, B, K]
         mean = probabilities.mean(0, keepdim=True)  # [1, B, K]
@@ -140,12 +118,12 @@ class OKDDip(Method):
         peer_targets, leader_target = self.log_targets(attention, peers)
 
         hard = hard_loss(output.logits, labels)
-        first_level = soft_loss(peers, peer_targets, self.temperature, self.loss)
+        first_level = self.soft_loss(peers, peer_targets)
         parts = {"hard": hard, "first_level": first_level}
         soft = first_level
         if self.leader:
-            parts["second_level"] = soft_loss(leader, leader_target, self.temperature, self.loss)
+            parts["second_level"] = self.soft_loss(leader, leader_target)
             soft = soft + parts["second_level"]
-        total = hard + self.alpha * ramp * soft
+        total = self.weighted(hard, soft, ramp)
         predictions = with_ensemble(output.logits, self.auxiliary)
         return Losses(total, parts, predictions, {"attention": attention.mean(0)})

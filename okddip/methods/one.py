@@ -5,17 +5,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from okddip.errors import check_choice
-from okddip.methods.base import Losses, Method, Ramp, at_least_single, with_ensemble
-from okddip.methods.losses import check_soft_loss, hard_loss, log_softened, soft_loss
-from okddip.models.group import GroupOutput
+from okddip.methods.base import Distillation, Losses, at_least_single, with_ensemble
+from okddip.methods.losses import hard_loss
+from okddip.outputs import GroupOutput
 
 
-class ONE(Method):
+class ONE(Distillation):
     """hard + alpha * ramp * soft: branches imitate a teacher that a gate mixes out of their own logits.
 
     The gate looks at what the trunk gives: global average pool, linear, batch norm, ReLU, softmax over the
-    peers. The teacher's logits learn from the labels too; that cross-entropy is part of the hard loss.
+    peers. The teacher's logits learn from the labels too; that cross-entropy is part of the hard loss. With
+    `detach_targets` the gate learns from the labels alone.
     """
 
     refused_structures: ClassVar[dict[str, str]] = {
@@ -23,34 +23,9 @@ class ONE(Method):
         " Use method.structure=branch."
     }
 
-    def __init__(
-        self,
-        *,
-        temperature: float,
-        alpha: float,
-        ramp_epochs: float,
-        ramp_start: float,
-        loss: str,
-        detach_targets: bool,
-        **group: Any,
-    ) -> None:
-        """
-        Args:
-            temperature: T, softens the predictions of all.
-            alpha: weight of the soft loss.
-            ramp_epochs, ramp_start: see `Ramp`.
-            loss: `kl` or `ce`, see `soft_loss`.
-            detach_targets: send no gradient through the targets; the gate then learns from the labels alone.
-            group: see `Method`.
-        """
-        super().__init__(**group)
-        check_soft_loss(temperature, alpha, loss)
-        check_choice("method.detach_targets", detach_targets, (True, False))
-        self.temperature = temperature
-        self.alpha = alpha
-        self.ramp = Ramp(ramp_epochs, ramp_start, self.epochs)
-        self.loss = loss
-        self.detach_targets = detach_targets
+    def __init__(self, **settings: Any) -> None:
+        """Args: see `Distillation`."""
+        super().__init__(**settings)
         self.gate = nn.Sequential(nn.Linear(self.trunk_channels, self.peers), nn.BatchNorm1d(self.peers))
 
     @property
@@ -63,8 +38,7 @@ class ONE(Method):
         weights = scores.relu().softmax(-1)  # [B, P]
         teacher = torch.einsum("bp,pbk->bk", weights, output.logits)[None]  # [1, B, K]
         hard = hard_loss(output.logits, labels) + hard_loss(teacher, labels)
-        source = teacher.detach() if self.detach_targets else teacher
-        targets = log_softened(source, self.temperature).expand_as(output.logits)  # [P, B, K]
-        soft = soft_loss(output.logits, targets, self.temperature, self.loss)
+        targets = self.soften(self.sources(teacher)).expand_as(output.logits)  # [P, B, K]
+        soft = self.soft_loss(output.logits, targets)
         predictions = torch.cat([with_ensemble(output.logits, self.peers), teacher])
-        return Losses(hard + self.alpha * ramp * soft, {"hard": hard, "soft": soft}, predictions)
+        return Losses(self.weighted(hard, soft, ramp), {"hard": hard, "soft": soft}, predictions)

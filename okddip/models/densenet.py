@@ -122,9 +122,9 @@ class DenseLayer(nn.Module):
         return self.conv1(self.norm1(torch.cat(features, 1)).relu_())
 
     def checkpointed_bottleneck(self, features: list[Tensor]) -> Tensor:
-        # no random draw happens in a bottleneck, so there is no generator state to keep
+        # nothing in a bottleneck is random, so no generator state has to be saved
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        if not torch.compiler.is_compiling():  # a compiled step updates the statistics once by itself
+        if not torch.compiler.is_compiling():  # a compiled step updates the statistics only once
             options["context_fn"] = lambda: (nullcontext(), frozen_statistics(self.norm1))
         return checkpoint(self.bottleneck, *features, **options)
 

@@ -1,4 +1,4 @@
-"""Any classification network of torchvision that torch.fx can cut."""
+"""Any classification network of torchvision that torch.fx can trace and cut."""
 
 import difflib
 import operator
@@ -33,8 +33,8 @@ def torchvision_model(
             may read nothing but its output, which is [B, c, h, w].
 
     Raises:
-        ConfigError: there is no such network; it cannot be cut (it has auxiliary outputs, cannot be traced,
-            or does not end in a linear layer); or it cannot be cut at `split`.
+        ConfigError: torchvision has no such network; it cannot be cut (it has auxiliary outputs, cannot be
+            traced, or does not end in a linear layer); or it cannot be cut at `split`.
     """
     names = torchvision.models.list_models(module=torchvision.models)
     if name is None or name not in names:
@@ -46,7 +46,7 @@ def torchvision_model(
     model = build(name, num_classes)
     if getattr(model, "aux_logits", False):
         raise ConfigError(
-            f"model.name={name}: has auxiliary outputs while training, for which peers have no use. "
+            f"model.name={name}: has auxiliary outputs while training, which peers do not support. "
             "Choose another model."
         )
     if in_channels != 3:
@@ -85,7 +85,7 @@ def torchvision_model(
 def build(name: str, num_classes: int) -> nn.Module:
     """Build a network of torchvision without weights, on the default device."""
     make = partial(torchvision.models.get_model, name, weights=None, num_classes=num_classes)
-    # two networks, which are refused later, warn of changes to come in their initial weights
+    # two networks, which are refused later, warn about future initial weights
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         try:
             return make()
@@ -98,7 +98,7 @@ def build(name: str, num_classes: int) -> nn.Module:
 
 
 class Tracer(fx.Tracer):
-    """Leaves modules whole whose forward asks whether it is training: tracing would freeze the answer."""
+    """Does not trace into modules whose forward reads `training`: its value would become a constant."""
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         return super().is_leaf_module(module, path) or "training" in type(module).forward.__code__.co_names
@@ -145,7 +145,7 @@ def allowed_cuts(nodes: Sequence[fx.Node]) -> dict[str, fx.Node]:
 
 
 def shape(node: fx.Node) -> Sequence[int]:
-    """The shape of a node's value, empty where that is no tensor."""
+    """The shape of a node's value, empty if that is not a tensor."""
     return getattr(node.meta.get("tensor_meta"), "shape", ())
 
 
@@ -165,7 +165,7 @@ def part(model: nn.Module, start: fx.Node, nodes: Sequence[fx.Node]) -> fx.Graph
 
 
 def make_out_of_place(head: fx.GraphModule) -> None:
-    """Make a head leave its input as it is: torchvision's may begin with an in-place ReLU or addition."""
+    """Keep a head from writing to its input: torchvision's may begin with an in-place ReLU or addition."""
     for module in head.modules():
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment]  # a plain attribute

@@ -2,24 +2,14 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from okddip.errors import ConfigError, check_choice, check_number
 from okddip.models.backbone import Backbone
-
-STRUCTURES = ("branch", "network")
-
-
-class GroupOutput(NamedTuple):
-    """What a method sees of the peers."""
-
-    logits: Tensor  # [P, B, K]
-    features: Tensor  # [P, B, D]
-    trunk: Tensor | None  # [B, c, h, w]; None where nothing is shared
-    teacher: Tensor | None = None  # [B, K], of a trained network that does not learn, where there is one
+from okddip.outputs import STRUCTURES, GroupOutput
 
 
 class PeerGroup(nn.Module):
@@ -30,12 +20,12 @@ class PeerGroup(nn.Module):
         peers: P, the number of peers.
         structure: `branch`: one trunk, P heads and classifiers; `network`: P whole networks.
         rescale: divide the gradient by P where the trunk ends (`rescale_gradient`); `branch` only.
-        teacher: a trained network, on the device already, whose logits come along. It stays in eval mode,
-            gets no gradient and is no part of the group's state.
+        teacher: a trained network, already on the device, whose logits are returned too. It stays in eval
+            mode, gets no gradient and is not part of the group's state.
 
     Raises:
-        ConfigError: `peers` is no positive whole number, the structure does not exist, or there is no
-            shared trunk to rescale.
+        ConfigError: `peers` is not a positive whole number, the structure does not exist, or there is no
+            shared trunk whose gradient could be rescaled.
     """
 
     def __init__(
@@ -110,8 +100,8 @@ def rescale_gradient(x: Tensor, factor: float) -> Tensor:
     """Return `x` unchanged, its gradient times `factor`.
 
     With factor 1/P where P branches leave the trunk, this is the backpropagation rescaling of intermediate
-    representations (ILR) of collaborative learning: the trunk learns at the pace of one network, however
-    many branches send it gradients (Song & Chai, NeurIPS 2018, section 3.3).
+    representations (ILR) of collaborative learning: the trunk learns at the pace of one network for any
+    number of branches (Song & Chai, NeurIPS 2018, section 3.3).
     """
     return _RescaleGradient.apply(x, factor)
 

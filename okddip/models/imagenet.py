@@ -23,7 +23,7 @@ def resnet(num_classes: int, in_channels: int = 3, *, architecture: str) -> Back
         architecture: one of `ARCHITECTURES`.
 
     Raises:
-        ConfigError: there is no such architecture.
+        ConfigError: `architecture` is not one of them.
     """
     check_choice("model.architecture", architecture, ARCHITECTURES)
     model = torchvision.models.get_model(architecture, weights=None, num_classes=num_classes)

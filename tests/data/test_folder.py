@@ -1,5 +1,6 @@
 """Folders of images, good and bad."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from okddip.data import folder
 from okddip.data.folder import read_image, scale_and_crop, scan
 from okddip.data.sources import Source, image_folder
 from okddip.errors import ConfigError
+from okddip.signals import stop_on_signals
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -131,6 +133,35 @@ def test_a_cache_folder_that_cannot_be_written_is_warned_about(
     source = image_folder(str(root), str(root.parent / "file" / "cache"))
     assert len(source.train.labels) == 6
     assert "dataset.cache_dir=" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stop_while_a_cache_is_written_costs_no_room(
+    root: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(content: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        file.flush()  # type: ignore[attr-defined]
+        time.sleep(60)
+
+    def write() -> None:
+        monkeypatch.setattr(torch, "save", half)
+        with stop_on_signals():
+            load(root)
+
+    process = multiprocessing.get_context("fork").Process(target=write)
+    process.start()
+    cache = root.parent / "cache"
+    while not (cache.is_dir() and any(path.stat().st_size for path in cache.iterdir())):
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid or 0, number)
+    process.join()
+    for left in cache.iterdir():
+        assert number == signal.SIGKILL
+        os.utime(left, (0, 0))  # long ago: another process may be writing what is new
+    load(root)
+    assert [path.suffix for path in cache.iterdir()] == [".pt"]
 
 
 def test_a_full_disk_leaves_no_half_written_cache(
@@ -285,7 +316,7 @@ def test_class_names_may_have_spaces_and_any_script(root: Path) -> None:
 def test_a_class_name_that_is_no_text_is_refused(root: Path) -> None:
     for split in ("train", "test"):
         (root / split / os.fsdecode(b"caf\xe9")).mkdir()
-    with pytest.raises(ConfigError, match=r"the class b'caf\\xe9' has a name that is no UTF-8; rename it"):
+    with pytest.raises(ConfigError, match=r"the class b'caf\\xe9' has a name that is not UTF-8; rename it"):
         load(root)
 
 
@@ -367,13 +398,13 @@ def test_a_class_in_one_split_only_is_refused(root: Path, split: str, other: str
 
 def test_a_file_among_the_classes_is_refused(root: Path) -> None:
     picture().save(root / "train" / "stray.png")
-    with pytest.raises(ConfigError, match=r"train/stray\.png: is no folder"):
+    with pytest.raises(ConfigError, match=r"train/stray\.png: is not a folder"):
         load(root)
 
 
 def test_a_folder_among_the_images_is_refused(root: Path) -> None:
     (root / "train" / "cat" / "more").mkdir()
-    with pytest.raises(ConfigError, match="train/cat/more: is no file"):
+    with pytest.raises(ConfigError, match="train/cat/more: is not a file"):
         load(root)
 
 
@@ -386,13 +417,13 @@ def test_a_broken_link_is_refused(root: Path) -> None:
 @pytest.mark.parametrize("place", ["train/cat/3.png", "train/emu"])
 def test_a_link_to_itself_is_refused(root: Path, place: str) -> None:
     (root / place).symlink_to(root / place)
-    with pytest.raises(ConfigError, match=rf"{place}: (cannot be read|is no folder)"):
+    with pytest.raises(ConfigError, match=rf"{place}: (cannot be read|is not a folder)"):
         load(root)
 
 
 def test_a_link_to_a_folder_above_is_refused(root: Path) -> None:
     (root / "train" / "cat" / "all").symlink_to(root)
-    with pytest.raises(ConfigError, match="train/cat/all: is no file"):
+    with pytest.raises(ConfigError, match="train/cat/all: is not a file"):
         load(root)
 
 
@@ -457,14 +488,14 @@ def test_a_bad_file_is_refused_by_name(root: Path, kind: str, monkeypatch: pytes
         path.write_bytes(content)
     if kind == "small bomb":  # between Pillow's limit, at which it warns, and twice that
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
-    with pytest.raises(ConfigError, match=r"train/dog/2\.png: (is no image|cannot be decoded)"):
+    with pytest.raises(ConfigError, match=r"train/dog/2\.png: (is not an image|cannot be decoded)"):
         load(root, image_size=8)
 
 
 def test_a_bad_file_whose_name_is_not_utf8_can_be_logged(tmp_path: Path) -> None:
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
     Path(path).write_text("no image")
-    with pytest.raises(ConfigError, match=r"/caf\\xe9\.png: is no image") as refusal:
+    with pytest.raises(ConfigError, match=r"/caf\\xe9\.png: is not an image") as refusal:
         read_image(path)
     str(refusal.value).encode()
 

@@ -6,7 +6,7 @@ import torch
 from okddip.data.augment import normalization, normalize
 from okddip.data.loader import EvalLoader, TrainLoader, batch_seed, seed_of
 from okddip.data.sources import Split
-from okddip.measure import Operators
+from okddip.tasks.benchmark.counting import OperatorCounter
 
 CPU = torch.device("cpu")
 CONSTANTS = normalization([0.5] * 3, [0.25] * 3, CPU)
@@ -33,6 +33,14 @@ def test_an_epoch_has_every_image_once_and_a_smaller_last_batch() -> None:
     assert sorted(order_of(loader, 0)) == list(range(50))
     assert batches[0][0].shape == (16, 3, 8, 8)
     assert batches[0][0].dtype == torch.float32
+
+
+def test_short_batches_are_left_out_on_request_and_other_images_in_each_epoch() -> None:
+    loader = TrainLoader(SPLIT, 16, CPU, CONSTANTS, seed=0, pad=2, flip=True, drop_last=True)
+    assert [len(labels) for _, labels in loader.batches(0)] == [16, 16, 16]
+    assert len(loader) == 3
+    assert order_of(loader, 0) == order_of(train_loader(), 0)[:48]
+    assert set(order_of(loader, 0)) != set(order_of(loader, 1))
 
 
 def test_the_same_seed_gives_the_same_batches_and_epochs_hang_on_no_other() -> None:
@@ -91,7 +99,7 @@ def test_batches_come_in_the_memory_format_that_was_asked_for(channels_last: boo
 
 @pytest.mark.parametrize("loader", [train_loader(), EvalLoader(SPLIT, 16, CPU, CONSTANTS)])
 def test_the_host_reads_nothing_while_batches_are_made(loader: TrainLoader | EvalLoader) -> None:
-    with Operators() as watch:
+    with OperatorCounter() as watch:
         for _ in loader.batches(0):
             pass
     assert watch.total > 0
@@ -100,7 +108,7 @@ def test_the_host_reads_nothing_while_batches_are_made(loader: TrainLoader | Eva
 
 def test_the_watch_finds_reads() -> None:
     values = torch.arange(4)
-    with Operators() as watch:
+    with OperatorCounter() as watch:
         values.sum().item()
         values[values > 2]
         values.to("meta")

@@ -134,7 +134,7 @@ def test_a_half_downloaded_archive_is_refused_by_name(tmp_path: Path, published:
     root.mkdir()
     archive = root / "cifar-10-python.tar.gz"
     archive.write_bytes(published[: int(kept * len(published))])
-    with pytest.raises(ConfigError, match=r"cifar-10-python\.tar\.gz: is damaged or half downloaded"):
+    with pytest.raises(ConfigError, match=r"cifar-10-python\.tar\.gz: is damaged or incomplete"):
         cifar10(str(root))
     assert archive.exists()
 

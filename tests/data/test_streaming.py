@@ -17,8 +17,8 @@ from torchvision.transforms import functional as TF
 
 from okddip.data.streaming import StreamingDataset, StreamingLoader
 from okddip.errors import ConfigError
-from okddip.measure import Operators
 from okddip.signals import stop_on_signals
+from okddip.tasks.benchmark.counting import OperatorCounter
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -106,11 +106,19 @@ def test_workers_end_with_their_epoch_and_when_it_is_left_early(root: Path) -> N
     assert multiprocessing.active_children() == []
 
 
+def test_short_batches_are_left_out_on_request(root: Path) -> None:
+    loader = streamed(root).train_loader(5, CPU, seed=0, drop_last=True)
+    assert [len(labels) for _, labels in loader.batches(0)] == [5, 5]
+    assert len(loader) == 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_ends_the_run_by_its_name(root: Path, workers: int) -> None:
     (root / "train" / "n01440764" / "3.JPEG").write_bytes(b"no image")
     dataset = streamed(root, workers=workers, bad_images="refuse")
-    with pytest.raises(ConfigError, match=r"^[^\n]*n01440764/3\.JPEG: is no image[^\n]*bad_images=skip\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^[^\n]*n01440764/3\.JPEG: is not an image[^\n]*bad_images=skip\.$"
+    ):
         collect(dataset.train_loader(4, CPU, seed=0))
 
 
@@ -188,7 +196,7 @@ def test_the_host_reads_nothing_once_images_are_decoded(root: Path) -> None:
     loader = streamed(root, workers=2).eval_loader("test", 3, CPU)
     batches = loader.batches()
     next(batches)  # before it the workers start, for which torch reads a seed that is drawn on the host
-    with Operators() as watch:
+    with OperatorCounter() as watch:
         assert len(list(batches)) == 1
     assert watch.total > 0
     assert watch.found == []

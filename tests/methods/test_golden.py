@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from okddip import metrics
 from okddip.methods.base import Method
 from okddip.methods.losses import log_softened, mean_of_others, ramp_weight, soft_loss
 from okddip.methods.okddip import OKDDip
 from okddip.methods.one import ONE
-from okddip.models.group import GroupOutput
+from okddip.outputs import GroupOutput
+from okddip.training import metrics
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "methods.npz")
 STUDENTS = 5

@@ -5,7 +5,7 @@ import torch
 
 from okddip.methods.base import Method
 from okddip.methods.losses import log_softened, ramp_weight, soft_loss
-from okddip.models.group import GroupOutput
+from okddip.outputs import GroupOutput
 
 METHODS = {
     "okddip": [],

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from okddip.errors import ConfigError
 from okddip.methods.okddip import OKDDip
-from okddip.models.group import GroupOutput
+from okddip.outputs import GroupOutput
 
 PEERS, BATCH, CLASSES, FEATURES = 4, 8, 10, 64
 T = 3.0

@@ -1,5 +1,0 @@
-"""Tables and figures over many runs, and the command that reproduces one."""
-
-from okddip.report.task import make, report
-
-__all__ = ["make", "report"]

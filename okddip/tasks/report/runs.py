@@ -1,0 +1,238 @@
+"""Which runs are compared: found in a store, and finished."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from okddip.errors import ConfigError
+from okddip.run.identity import FOLDER_DATASETS, IGNORED_DATASET_SETTINGS, IGNORED_SETTINGS
+from okddip.sweeps.outcomes import finished_before
+from okddip.tracking.params import digests_of, params_of
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+PAGE_SIZE = 1000  # runs that the store sends at once
+REQUIRED_PARAMS = {"method", "seed", "trainer.epochs"}  # params of a training run
+TEACHER = "method.teacher"  # the param: where it is
+LENGTHS = "lengths"  # tag of a run that an older version lengthened against its schedule
+OTHER_KINDS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
+
+
+def find_runs(
+    client: "MlflowClient", uri: str, experiment: str, sweep: str | None = None, where: str | None = None
+) -> list["Run"]:
+    """Runs of an experiment, or of a sweep in it, that match a filter.
+
+    Args:
+        sweep: the name of a sweep or the ID of its parent run.
+        where: in MLflow's filter language.
+
+    Raises:
+        ConfigError: there is no such experiment, the filter is not understood, or no finished training run
+            matches; says what was searched.
+    """
+    searched = f"tracking.uri={uri}, tracking.experiment={experiment}"
+    known = client.get_experiment_by_name(experiment)
+    if known is None:
+        names = ", ".join(sorted(each.name for each in client.search_experiments()))
+        raise ConfigError(f"{searched}: there is no such experiment. There are {names}.")
+    everything = search_runs(client, known.experiment_id)
+    found = filter_runs(client, known.experiment_id, everything, where) if where else everything
+    if where:
+        searched += f', report.where="{where}"'
+    if sweep:
+        searched += f", report.sweep={sweep}"
+        parents = [
+            run
+            for run in everything
+            if tag(run, "kind") == "sweep" and sweep in (run.info.run_id, tag(run, "sweep"))
+        ]
+        before = {run_id for parent in parents for run_id in finished_before(parent)}
+        found = [
+            run
+            for run in found
+            if sweep in (tag(run, "sweep"), tag(run, "mlflow.parentRunId")) or run.info.run_id in before
+        ]
+    chosen, left_out = finished_runs(found)
+    if not chosen:
+        raise ConfigError(
+            f"No finished run to report on. Searched {searched}: {len(found)} of the experiment's"
+            f" {len(everything)} runs match. {left_out}".rstrip()
+        )
+    return found
+
+
+def filter_runs(
+    client: "MlflowClient", experiment_id: str, everything: Sequence["Run"], where: str
+) -> list["Run"]:
+    """The runs whose params of now match a filter; MLflow itself knows those that a run began with."""
+    from mlflow.entities import Metric, Param, Run, RunData, RunTag
+    from mlflow.utils.search_utils import SearchUtils
+
+    matches = {run.info.run_id for run in search_runs(client, experiment_id, where)}
+    for run in everything:
+        now = params_of(run)
+        if now == run.data.params:
+            continue
+        data = RunData(
+            [Metric(key, value, 0, 0) for key, value in run.data.metrics.items()],
+            [Param(key, value) for key, value in now.items()],
+            [RunTag(key, value) for key, value in run.data.tags.items()],
+        )
+        matches.discard(run.info.run_id)
+        matches |= {
+            match.info.run_id for match in SearchUtils.filter([Run(run.info, data, run.inputs)], where)
+        }
+    return [run for run in everything if run.info.run_id in matches]
+
+
+def search_runs(client: "MlflowClient", experiment_id: str, where: str = "") -> list["Run"]:
+    """All runs that match a filter.
+
+    Raises:
+        ConfigError: with MLflow's message if the filter is not understood.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found: list[Run] = []
+    token: str | None = None
+    while True:
+        try:
+            page = client.search_runs([experiment_id], where, max_results=PAGE_SIZE, page_token=token)
+        except MlflowException as error:
+            if not where or error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            raise ConfigError(
+                f"report.where={where}: {error.message} Names that hold a dot or a slash stand in backticks:"
+                " params.`method.peers` = '4', metrics.`final/top1` > 90, tags.method = 'okddip'."
+            ) from None
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def finished_runs(found: Sequence["Run"]) -> tuple[list["Run"], str]:
+    """The finished training runs among `found`, oldest first, and sentences on those left out."""
+    training = [
+        run
+        for run in found
+        if run.data.params.keys() >= REQUIRED_PARAMS and not OTHER_KINDS & run.data.tags.keys()
+    ]
+    finished = [
+        run
+        for run in training
+        if run.info.status == "FINISHED" and {"final/top1", "best/top1"} <= run.data.metrics.keys()
+    ]
+    unfinished = Counter(run.info.status for run in training if run not in finished)
+    sentences = []
+    if unfinished:
+        statuses = ", ".join(f"{number} {status}" for status, number in sorted(unfinished.items()))
+        sentences.append(f"Unfinished runs, left out: {unfinished.total()} ({statuses}).")
+    if lengthened := sum(bool(tag(run, LENGTHS)) for run in finished):
+        sentences.append(
+            f"Runs that an older version lengthened, left out: {lengthened}; their schedule is that of no one"
+            " length."
+        )
+    compared = [run for run in finished if not tag(run, LENGTHS)]
+    return sorted(compared, key=lambda run: run.info.start_time), " ".join(sentences)
+
+
+def settings(run: "Run") -> dict[str, str]:
+    """What may tell one row of a table from another: no seed, no place; and what a teacher is, not where."""
+    known = {
+        key: value
+        for key, value in params_of(run).items()
+        if not key.startswith(IGNORED_SETTINGS)
+        and not (key.startswith("dataset.") and key.rpartition(".")[2] in IGNORED_DATASET_SETTINGS)
+        and key not in ("seed", TEACHER)
+    }
+    if teacher := tag(run, "teacher"):
+        known |= {TEACHER: teacher, f"{TEACHER}_model": teacher.rpartition("-")[0]}
+    return known
+
+
+def settings_with_teachers(chosen: Sequence["Run"]) -> list[dict[str, str]]:
+    """The settings of each run; where students of one seed have several teachers of a kind, with which it is.
+
+    Elsewhere they count as one: each student has the teacher of its own seed, say.
+    """
+    rows = [settings(run) for run in chosen]
+    keys = [tuple(sorted(row.items())) for row in rows]
+    teachers: dict[tuple[object, ...], set[tuple[str, str]]] = {}
+    epochs: dict[object, set[str]] = {}
+    for key, run in zip(keys, chosen, strict=True):
+        its_seed, its_epoch = teacher_seed_and_epoch(run)
+        teachers.setdefault((key, seed(run)), set()).add((its_seed, its_epoch))
+        epochs.setdefault(key, set()).add(its_epoch)
+    several = {key for (key, _), those in teachers.items() if len(those) > 1}
+    for row, key, run in zip(rows, keys, chosen, strict=True):
+        its_seed, its_epoch = teacher_seed_and_epoch(run)
+        if key in several:
+            words = [row.get(TEACHER, "")]
+            words += [f"of seed {its_seed}"] if its_seed != seed(run) else []
+            words += [f"epoch {its_epoch}"] if len(epochs[key]) > 1 else []
+            row[TEACHER] = " ".join(words).strip()
+    return rows
+
+
+def teacher_seed_and_epoch(run: "Run") -> tuple[str, str]:
+    """Seed and epoch of the teacher of a run; of an older one the place, which stands for both."""
+    return (
+        tag(run, "teacher.seed") or params_of(run).get(TEACHER, ""),
+        tag(run, "teacher.epoch") or "",
+    )
+
+
+def seed(run: "Run") -> str:
+    return params_of(run)["seed"]
+
+
+class TestSet(NamedTuple):
+    """What a run was tested on."""
+
+    option: str
+    size: str  # as configured
+    digest: str  # of the images; empty: the store does not say
+    place: str  # where they are, as given
+
+
+def group_by_dataset(chosen: Sequence["Run"]) -> dict[str, list["Run"]]:
+    """Runs on the same test images, under the name of their data set.
+
+    Image folders are told apart by their images, wherever they lie. The same images scaled to another size
+    are recognised by their place.
+    """
+    groups: dict[TestSet, list[Run]] = {}
+    for run in chosen:
+        tested = test_set_of(run)
+        same = (known for known in groups if same_test_images(known, tested))
+        groups.setdefault(next(same, tested), []).append(run)
+    named: dict[str, list[Run]] = {}
+    for tested, members in groups.items():
+        name = tested.option
+        if tested.place:
+            name += f" {tested.place}"
+        named[f"{name} ({tested.digest[:6]})" if name in named else name] = members
+    return named
+
+
+def test_set_of(run: "Run") -> TestSet:
+    known = params_of(run)
+    option, root = known.get("dataset", ""), known.get("dataset.root", "")
+    place = root if option in FOLDER_DATASETS else ""
+    return TestSet(option, known.get("dataset.image_size", ""), digests_of(run).get("test", ""), place)
+
+
+def same_test_images(one: TestSet, other: TestSet) -> bool:
+    if one.option != other.option:
+        return False
+    if one.digest and other.digest and one.size == other.size:
+        return one.digest == other.digest
+    return one.place == other.place
+
+
+def tag(run: "Run", name: str) -> str | None:
+    return run.data.tags.get(name)

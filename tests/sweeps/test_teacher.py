@@ -1,0 +1,108 @@
+"""Teachers that are found, trained first or waited for."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from sweep_helpers import SMALL, Okddip, outcomes, runs, start
+
+
+@pytest.mark.slow
+def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path: Path) -> None:
+    common = (*SMALL, "methods.teacher=auto", "methods.teacher_model=resnet14")
+    assert okddip("-m", *common, "method=kd", "method.temperature=2,3", "hydra.sweep.dir=kd").code == 0
+    [teacher] = runs(tmp_path, "others")
+    assert teacher.info.run_name == "teacher baseline1-seed0-network-resnet14-digits"
+    assert teacher.info.status == "FINISHED"
+    assert [run.data.params["method.teacher"] for run in runs(tmp_path)] == ["auto", "auto"]
+    [kind] = {run.data.tags["teacher"] for run in runs(tmp_path)}
+    assert kind.startswith("resnet14-")
+
+    # a job that is this very baseline is finished with it
+    answer = okddip("-m", *common, "method=baseline", "model=resnet14,resnet8", "hydra.sweep.dir=baselines")
+    assert answer.code == 0, answer.err
+    assert outcomes(tmp_path / "baselines") == [(0, "finished before"), (1, "finished")]
+
+    # another seed has another teacher
+    assert okddip(*common, "method=kd", "seed=1").code == 0
+    others = runs(tmp_path, "others")
+    assert sorted(run.data.tags["seed"] for run in others) == ["0", "1", "1"]
+    assert [run.data.tags["teacher"] for run in others if "teacher" in run.data.tags] == [kind]
+
+
+def test_a_teacher_that_cannot_be_is_refused(okddip: Okddip) -> None:
+    answer = okddip(*SMALL, "tracking=none", "method=kd", "method.teacher=auto")
+    assert answer.code == 1
+    assert "method.teacher=auto: takes method.teacher_model" in answer.err
+    answer = okddip(
+        *SMALL, "tracking=none", "method=kd", "method.teacher=auto", "method.teacher_model=alexnet"
+    )
+    assert answer.code == 1
+    assert "method.teacher_model=alexnet: " in answer.err
+    assert "resnet110" in answer.err
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.slow
+def test_a_teacher_is_found_in_whatever_experiment_it_was_trained(okddip: Okddip, tmp_path: Path) -> None:
+    plain = okddip(*SMALL, "method=baseline", "tracking.experiment=baselines", "hydra.run.dir=plain")
+    assert plain.code == 0, plain.err
+    answer = okddip(*SMALL, "method=kd", "method.teacher=auto", "method.teacher_model=resnet8")
+    assert answer.code == 0, answer.err
+    assert "teacher    baseline1-seed0-network-resnet8-digits, finished as MLflow run" in answer.out
+    [student] = runs(tmp_path, "others")  # of this experiment
+    assert student.data.tags["method"] == "kd"
+
+    # one that has no checkpoint any more is none
+    shutil.rmtree(tmp_path / "plain")
+    shutil.rmtree(tmp_path / "mlartifacts")
+    answer = okddip(*SMALL, "method=kd", "method.teacher=auto", "method.teacher_model=resnet8", "seed=0")
+    assert answer.code == 0, answer.err
+    assert "is passed over: " in answer.out
+    assert "teacher    baseline1-seed0-network-resnet8-digits, trained first" in answer.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracking", ["tracking=mlflow", "tracking=none"])
+def test_a_teacher_is_waited_for_where_a_plain_run_trains_it(tmp_path: Path, tracking: str) -> None:
+    common = (*SMALL, "trainer.epochs=9", tracking)
+    place = {"tracking=none": "outputs/baseline1-seed0-network-resnet8-digits/plain"}.get(
+        tracking, "else/where"
+    )
+    plain = start(tmp_path, *common, "method=baseline", f"hydra.run.dir={place}")
+    while not (tmp_path / place / "last.pt").exists():
+        assert plain.poll() is None, plain.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(plain.pid, signal.SIGSTOP)
+    teacher = ("method=kd", "method.teacher=auto", "method.teacher_model=resnet8")
+    student = start(tmp_path, *common, *teacher, "hydra.run.dir=student")
+    assert student.stdout is not None
+    while "another process" not in (line := student.stdout.readline()):
+        assert line, "it did not wait"
+    os.killpg(plain.pid, signal.SIGCONT)
+    output, _ = plain.communicate(timeout=300)
+    assert plain.returncode == 0, output
+    output, _ = student.communicate(timeout=300)
+    assert student.returncode == 0, output
+    assert "is finished after epoch 9, so nothing is trained" in output
+    if tracking == "tracking=mlflow":
+        assert [run.info.status for run in runs(tmp_path, "others")] == ["FINISHED"] * 2
+
+
+@pytest.mark.slow
+def test_a_teacher_whose_process_ends_with_its_sweep_is_not_called_running(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    teacher = ("method=kd", "method.teacher=auto", "method.teacher_model=resnet14")
+    process = start(
+        tmp_path, "-m", *SMALL, *teacher, "seed=0", "trainer.epochs=10000", "hydra/launcher=joblib"
+    )
+    while not list(tmp_path.glob("outputs/baseline1*/*/last.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert [run.info.status for run in runs(tmp_path, "parents") + runs(tmp_path, "others")] == ["KILLED"] * 2

@@ -1,0 +1,151 @@
+"""What a training step is made of; that training learns, resumes and counts is shown by tests of runs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from okddip.checks import check
+from okddip.data.loader import Share
+from okddip.errors import ConfigError
+from okddip.main import build
+from okddip.run.parts import Parts
+from okddip.training.trainer import Trainer
+
+BuildParts = Callable[..., Parts]
+
+
+@pytest.fixture
+def parts(configured: Callable[..., DictConfig]) -> BuildParts:
+    def make(*overrides: str) -> Parts:
+        config = configured("dataset=digits", "model=resnet8", "tracking=none", *overrides)
+        check(config)
+        return build(config)
+
+    return make
+
+
+def settings(configured: Callable[..., DictConfig], **changes: object) -> dict[str, object]:
+    config = configured("trainer.device=cpu")
+    return {key: value for key, value in config.trainer.items() if key != "_target_"} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"accumulate": 2, "sync_batch_norm": True},
+            "trainer.accumulate, trainer.sync_batch_norm: do not go",
+        ),
+        ({"sync_batch_norm": True}, "PyTorch synchronises batch norm on CUDA only"),
+        (
+            {"accumulate": 3},
+            "trainer.batch_size=128: must be divisible by ranks x trainer.accumulate = 1 x 3",
+        ),
+        ({"accumulate": 128}, "leave at least 2 images for each part"),
+        (
+            {"accumulate": 2, "compile": True, "compile_mode": "reduce-overhead"},
+            "does not go with trainer.compile_mode=reduce-overhead",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_do_not_go_together_are_refused(
+    configured: Callable[..., DictConfig], changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Trainer(**settings(configured, **changes))  # type: ignore[arg-type]
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulate", "share", "expected"),
+    [
+        (1437, 1, Share(), 128),
+        (100, 1, Share(), 100),  # a training set smaller than a batch is one batch
+        (1437, 4, Share(), 32),
+        (1437, 2, Share(1, 4), 16),
+        (5, 1, Share(1, 4), 3),
+        (2, 1, Share(1, 4), 0),
+    ],
+)
+def test_a_full_batch_is_known_before_the_first(
+    parts: BuildParts,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    accumulate: int,
+    share: Share,
+    expected: int,
+) -> None:
+    built = parts("trainer.batch_size=128", f"trainer.accumulate={accumulate}")
+    built.dataset.sizes["train"] = size
+    monkeypatch.setenv("RANK", str(share.rank))
+    monkeypatch.setenv("WORLD_SIZE", str(share.ranks))
+    assert built.trainer.train_images(built.dataset) == expected
+
+
+def test_only_full_batches_are_compiled(parts: BuildParts) -> None:
+    built = parts("method=baseline", "trainer.compile=true", "trainer.batch_size=8")
+    step = built.trainer.forward_step(built.group, built.method, 8, diversity=False)
+    compiled = []
+
+    def record(images: Tensor, labels: Tensor, ramp: Tensor) -> object:
+        compiled.append(len(images))
+        return step.step(images, labels, ramp)
+
+    step.compiled = record
+    for size in (7, 8, 0, 8, 5):  # the first may be short: an image in it could not be read
+        step(torch.rand(size, 1, 8, 8), torch.zeros(size, dtype=torch.int64), torch.ones(()))
+    assert compiled == [8, 8]
+
+
+def test_batch_norm_gets_fp32_where_a_rank_has_no_image(parts: BuildParts) -> None:
+    """SyncBatchNorm sends statistics in fp32, and for no images zeros in the type of its input."""
+    built = parts("method=one", "method.peers=3", "trainer.precision=bf16")
+    step = built.trainer.forward_step(built.group, built.method, 4, diversity=False)
+    types: dict[int, set[torch.dtype]] = {}
+    for module in [*built.group.modules(), *built.method.modules()]:
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.register_forward_pre_hook(
+                lambda _, inputs: types.setdefault(len(inputs[0]), set()).add(inputs[0].dtype)
+            )
+    for size in (4, 0):
+        loss, _ = step(torch.rand(size, 1, 8, 8), torch.zeros(size, dtype=torch.int64), torch.ones(()))
+        loss.backward()
+    assert torch.bfloat16 in types[4]
+    assert types[0] == {torch.float32}
+
+
+def test_a_device_whose_memory_is_full_is_named(parts: BuildParts) -> None:
+    trainer = parts("trainer.batch_size=8").trainer
+    with pytest.raises(ConfigError) as refused, trainer.within_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert str(refused.value).startswith(
+        "trainer.batch_size=8, trainer.eval_batch_size=256: the memory of cpu is full (CUDA out of memory)."
+        " Take smaller batches, trainer.accumulate=2"
+    )
+
+
+@pytest.mark.parametrize("method", ["one", "okddip"])
+def test_every_batch_norm_can_be_synchronised(parts: BuildParts, method: str) -> None:
+    built = parts(f"method={method}", "method.peers=3")
+    modules = (built.group, built.method)
+    names = [
+        name
+        for module in modules
+        for name, part in module.named_modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm)
+    ]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    converted = [nn.SyncBatchNorm.convert_sync_batchnorm(module) for module in modules]
+    synchronised = [
+        name
+        for module in converted
+        for name, part in module.named_modules()
+        if isinstance(part, nn.SyncBatchNorm)
+    ]
+    assert synchronised == names != []
+    assert ("gate" in " ".join(names)) == (method == "one")
+    assert [parameter for module in converted for parameter in module.parameters()] == parameters
