@@ -653,8 +653,8 @@ def test_a_store_that_was_deleted_in_between_is_told_everything_again(
         "okddip.main.make",
         "okddip.tracking.tracker.MLflow._create_run",
         "okddip.tracking.outbox.Outbox.add",
-        "okddip.files.link",
-        "okddip.files.append_line",
+        "okddip.training.checkpoint.link",
+        "okddip.training.trainer.append_line",
         "okddip.tracking.tracker.MLflow.log_artifact",
         "okddip.tracking.tracker.MLflow.finish",
         "okddip.training.trainer.metrics.read",
@@ -746,7 +746,7 @@ def test_a_full_disk_is_named_and_costs_nothing(
     victim = {"last.pt": "last.new", "metrics.jsonl": "metrics.jsonl", "run.json": "run.json.new"}[name]
     kept = tmp_path / "kept"
     with monkeypatch.context() as patch:
-        whole = Trainer.train_epoch if name != "run.json" else MLflow._log_params
+        whole = Trainer.train_epoch if name != "run.json" else MLflow._create_run
 
         def fill(*arguments: Any) -> Any:
             if name == "run.json" or arguments[-1] == 2:
@@ -755,7 +755,7 @@ def test_a_full_disk_is_named_and_costs_nothing(
                 (folder / victim).symlink_to("/dev/full")
             return whole(*arguments)
 
-        patch.setattr(*((MLflow, "_log_params") if name == "run.json" else (Trainer, "train_epoch")), fill)
+        patch.setattr(*((MLflow, "_create_run") if name == "run.json" else (Trainer, "train_epoch")), fill)
         answer = okddip(*TINY, "hydra.run.dir=run")
     assert answer.code == 1
     assert f"{folder}/{name}: cannot be written (No space left on device)" in answer.err
