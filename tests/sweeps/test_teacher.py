@@ -61,7 +61,7 @@ def test_a_teacher_is_found_in_whatever_experiment_it_was_trained(okddip: Okddip
     shutil.rmtree(tmp_path / "mlartifacts")
     answer = okddip(*SMALL, "method=kd", "method.teacher=auto", "method.teacher_model=resnet8", "seed=0")
     assert answer.code == 0, answer.err
-    assert "is passed over: " in answer.out
+    assert "cannot be used: " in answer.out
     assert "teacher    baseline1-seed0-network-resnet8-digits, trained first" in answer.out
 
 
