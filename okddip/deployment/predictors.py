@@ -2,7 +2,7 @@
 
 import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -11,10 +11,6 @@ from okddip.assembly import make
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.trust import Trust
-
-if TYPE_CHECKING:
-    from okddip.methods.base import Method
-    from okddip.models.group import PeerGroup
 
 
 def exportable_predictors(method: Method) -> tuple[str, ...]:
@@ -71,7 +67,6 @@ def rebuild(state: dict[str, Any], trust: Trust, source: object) -> tuple[PeerGr
     Raises:
         ConfigError: its configuration names parts that are not trusted, or that its weights do not fit.
     """
-    from okddip.models.group import PeerGroup
     from okddip.training import checkpoint
 
     trust.check(state["config"], source)

@@ -34,7 +34,7 @@ def read_teacher(config: DictConfig, reference: str) -> dict[str, Any]:
         reference: of the checkpoint: a path or `runs:/ID`.
 
     Raises:
-        ConfigError: it does, or there is no such checkpoint.
+        ConfigError: it names others, or there is no such checkpoint.
     """
     path = find_checkpoint("method.teacher", reference, config.tracking.get("uri"))
     state = checkpoint.load(path)

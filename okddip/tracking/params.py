@@ -24,23 +24,23 @@ def flatten(config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             flat.update({valid_key(f"{key}.{inner}"): text for inner, text in flatten(value).items()})
         else:
-            text = as_override(value)
+            text = as_param(value)
             if len(text) > MAX_PARAM_LENGTH:
                 text = text[: MAX_PARAM_LENGTH - 3] + "..."
             flat[valid_key(key)] = text
     return flat
 
 
-def as_override(value: Any) -> str:
+def as_param(value: Any) -> str:
     """A value as it is written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{as_override(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{as_param(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(as_override, value)) + "]"
+        return "[" + ",".join(map(as_param, value)) + "]"
     if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
         return str(int(value))  # `3` and `3.0` are one setting
     return str(value)

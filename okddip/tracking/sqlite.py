@@ -109,10 +109,30 @@ def check_tables(engine: "Engine", tables: set[str]) -> None:
             f"tracking.uri={where}: is a database of another program, with the tables"
             f" {', '.join(sorted(tables))}. Name another file."
         )
+    if has_content(engine, tables):
+        raise ConfigError(
+            f"tracking.uri={where}: this store is of another version of MLflow than {mlflow.__version__}"
+            f" (its tables are of revision {found}, not {wanted}). Of an older one: copy it, then"
+            f" `mlflow db upgrade {where}`, and do not stop that. Of a newer one: install that."
+        )
     raise ConfigError(
-        f"tracking.uri={where}: this store is half made, or of another version of MLflow than"
-        f" {mlflow.__version__} (its tables are of revision {found}, not {wanted}). If it has no runs yet,"
-        f" its making was stopped and nothing is lost: remove {file}, and give the command again. If an older"
-        f" MLflow made it: copy it, then `mlflow db upgrade {where}`, and do not stop that. If a newer one:"
-        " install that."
+        f"tracking.uri={where}: this store is half made: what made it was stopped. Nothing is in it, so"
+        f" nothing is lost: remove {file}, and give the command again. (If another program is making it just"
+        " now, wait for that.)"
     )
+
+
+def has_content(engine: "Engine", tables: set[str]) -> bool:
+    """Whether a store of whatever version of MLflow has a run, or an experiment beside MLflow's own first."""
+    from sqlalchemy import text
+
+    queries = {
+        "runs": "SELECT 1 FROM runs",
+        "experiments": "SELECT 1 FROM experiments WHERE experiment_id <> 0",
+    }
+    with engine.connect() as connection:
+        return any(
+            connection.execute(text(f"{query} LIMIT 1")).first()
+            for table, query in queries.items()
+            if table in tables
+        )
