@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from okddip.errors import ConfigError
 from okddip.files import sync_folder
+from okddip.signals import raise_if_stopping
 from okddip.tracking.address import absolute_uri
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def create_store(url: "URL") -> None:
     try:
         # an engine of its own: MLflow keeps those that it makes itself, with their files open
         _initialize_tables(create_engine(url.set(database=str(new)), poolclass=NullPool))
+        raise_if_stopping()
         remove(file)  # SQLite would play back into this store the journal of a lost one
         new.replace(file)
         sync_folder(file.parent)

@@ -108,6 +108,22 @@ def test_a_process_that_is_stopped_while_it_makes_a_store_leaves_none(
     assert not list(tmp_path.glob("*.new*"))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_python_drops_leaves_none_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StoppedInDestructor:  # and in what the garbage collector calls, of which SQLAlchemy has some
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def initialize(engine: Engine, really: Callable[[Engine], None] = utils._initialize_tables) -> None:
+        StoppedInDestructor()
+        really(engine)
+
+    monkeypatch.setattr(utils, "_initialize_tables", initialize)
+    with pytest.raises(SystemExit, match="143"):
+        open_new_store(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db.lock"]
+
+
 @pytest.mark.slow
 def test_a_run_stopped_at_any_moment_of_a_new_store_goes_on(tmp_path: Path) -> None:
     moments = random.Random(0)
