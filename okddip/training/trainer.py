@@ -29,12 +29,12 @@ from okddip.training import checkpoint, metrics
 from okddip.training.devices import find_device
 from okddip.training.epoch import evaluate_on, refuse_broken_losses, train_on
 from okddip.training.history import History, Results
+from okddip.training.precision import PRECISIONS, is_native
 from okddip.training.schedules import Schedule
 from okddip.training.step import EvalStep, ForwardStep, TrainStep, parts_of
 
 log = logging.getLogger(__name__)
 
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 SMALLEST = {  # of whole numbers
@@ -123,6 +123,11 @@ class Trainer:
             )
         if self.precision == "auto":
             self.precision = "bf16" if on_cuda else "fp32"
+        if not is_native(self.precision, self.device):
+            log.warning(
+                f"trainer.precision={self.precision}: this processor has no {self.precision} instructions and"
+                " emulates them, which takes longer than fp32."
+            )
 
     def check_parts(self) -> None:
         """See that ranks and `accumulate` can share a batch.

@@ -10,7 +10,8 @@ from okddip.models.group import PeerGroup
 from okddip.run.parts import Parts
 from okddip.training import metrics
 from okddip.training.epoch import evaluate_on
-from okddip.training.trainer import PRECISIONS, Trainer, own_share
+from okddip.training.precision import PRECISIONS
+from okddip.training.trainer import Trainer, own_share
 
 
 class TrainerSteps:

@@ -8,7 +8,7 @@ from okddip.errors import ConfigError
 from okddip.run.parts import Parts
 from okddip.training import metrics
 from okddip.training.epoch import evaluate_on
-from okddip.training.trainer import PRECISIONS
+from okddip.training.precision import PRECISIONS
 
 
 def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Tensor]:
