@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 
 from okddip.tracking.tracker import MLflow, NoTracking
@@ -131,3 +133,18 @@ def without_artifacts(server: int) -> Iterator[int]:
         finally:
             stop.set()
             proxy.shutdown()
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose tables exist; creating them takes seconds."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MLflow(f"sqlite:///{file}", "first").open()
+    return file
+
+
+@pytest.fixture
+def client(empty_store: Path, tmp_path: Path) -> mlflow.MlflowClient:
+    """Of the store that runs of this test write to."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

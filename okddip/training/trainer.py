@@ -1,7 +1,5 @@
 """The training loop: epochs of steps, evaluations and checkpoints."""
 
-import datetime
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,7 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +19,14 @@ from okddip.data.dataset import Dataset
 from okddip.data.loader import Batches, EvalLoader, Share, TrainLoader, seed_of
 from okddip.data.streaming import StreamingLoader
 from okddip.errors import ConfigError, check_choice, check_number
-from okddip.files import append_line
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
-from okddip.signals import stops_deferred
 from okddip.training import checkpoint, metrics
 from okddip.training.devices import find_device
 from okddip.training.epoch import evaluate_on, refuse_broken_losses, train_on
 from okddip.training.history import History, Results
 from okddip.training.precision import PRECISIONS, is_native
+from okddip.training.reporting import Tracker, log_expected_end, save_epoch
 from okddip.training.schedules import Schedule
 from okddip.training.step import EvalStep, ForwardStep, TrainStep, parts_of
 
@@ -51,13 +48,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": ("auto", *PRECISIONS),
     "compile_mode": COMPILE_MODES,
 }
-
-
-class Tracker(Protocol):
-    """Where the results of each epoch go."""
-
-    def log(self, metrics: Mapping[str, float], epoch: int, timestamp_ms: int) -> None:
-        """Take the results of an epoch (counted from 0), finished at that time (milliseconds since 1970)."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -388,40 +378,3 @@ class Trainer:
 def own_share() -> Share:
     """What this rank takes of each batch."""
     return Share(distributed.rank(), distributed.world_size())
-
-
-def save_epoch(state: dict[str, Any], folder: Path, tracker: Tracker, *, new: bool, best: bool) -> None:
-    """Write down and log what an epoch has come to.
-
-    In this order a run cut off anywhere here is resumed with no metric missing or doubled: the checkpoint has
-    what a lost line said, and the tracker is told again from the file.
-
-    Args:
-        state: the checkpoint.
-        folder: gets it and, where the epoch is `new` in it, a line in `metrics.jsonl`.
-        tracker: is told of the metrics.
-        best: whether it is the best checkpoint so far.
-
-    Raises:
-        ConfigError: a file cannot be written.
-    """
-    epoch = {"epoch": state["epoch"], "timestamp_ms": state["timestamp_ms"]}
-    with stops_deferred():
-        checkpoint.save(state, folder, best=best)
-        if new:
-            append_line(folder / "metrics.jsonl", json.dumps(epoch | state["metrics"]))
-    tracker.log(state["metrics"], state["epoch"], state["timestamp_ms"])
-
-
-def log_expected_end(started: float, epochs: int) -> None:
-    """Say when the run will end, going by its first epoch here, when `epochs` are left.
-
-    `started` is of the monotonic clock, in seconds.
-    """
-    seconds = (time.monotonic() - started) * epochs
-    end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
-    log.info(
-        "expected end %s, in %s",
-        end.strftime("%Y-%m-%d %H:%M:%S"),
-        datetime.timedelta(seconds=round(seconds)),
-    )

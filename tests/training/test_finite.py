@@ -116,3 +116,27 @@ def test_a_mask_of_infinities_is_no_broken_weight() -> None:
     assert not_finite(module) == ""
     module.mask[0] = NAN
     assert not_finite(module) == "mask"
+
+
+def test_a_loss_that_is_not_finite_in_an_evaluation_leaves_no_checkpoint(
+    okddip: Okddip, tmp_path: Path
+) -> None:
+    small = ("dataset=digits", "model=resnet8", "method=baseline", "trainer.epochs=1", "tracking=none")
+    answer = okddip(*small, "trainer.limit_batches=1", "optimizer.lr=1e30", "hydra.run.dir=run")
+    assert answer.code == 1
+    assert "Epoch 1: loss, hard_loss is not finite" in answer.err
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_an_epoch_that_ruins_the_weights_leaves_no_checkpoint_without_an_evaluation_too(
+    okddip: Okddip, tmp_path: Path
+) -> None:
+    small = ("dataset=digits", "model=resnet8", "method=baseline", "tracking=none", "hydra.run.dir=run")
+    answer = okddip(
+        *small,
+        *("trainer.epochs=8", "trainer.limit_batches=1", "trainer.eval_every=8", "optimizer.lr=0.01"),
+        *("scheduler.milestones=[2]", "scheduler.gamma=1e38"),
+    )
+    assert answer.code == 1
+    assert "Epoch 3: loss, hard_loss is not finite" in answer.err
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 1
