@@ -30,6 +30,11 @@ pytest_plugins = "mlflow_stores"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
+def quick_first(*values: Any) -> list[Any]:
+    """For parametrize: the first value is tried by default, the others with the slow tests."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]
+
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test works in a folder of its own: runs, stores and caches of relative paths go there."""

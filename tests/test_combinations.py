@@ -59,6 +59,7 @@ def test_okddip_takes_every_model_in_both_structures(
     assert len(method.predictors) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", SMALL_MODELS)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_every_kind_of_model(

@@ -132,6 +132,7 @@ def builds_or_is_refused(configured: Callable[..., DictConfig], drawn: list[str]
         pass  # any other error fails the test
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40,
     deadline=None,

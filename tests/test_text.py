@@ -100,6 +100,7 @@ def test_the_description_of_a_sweep_has_no_links_or_tags(text: str) -> None:
     assert text not in note
 
 
+@pytest.mark.slow
 def test_classes_and_files_called_so_pass_through_all_tasks(okddip: Okddip, tmp_path: Path) -> None:
     folders_of_images(tmp_path / "images", *CLASSES, seed=0)
     small = ("dataset=image_folder", "dataset.root=images", "model=resnet8", "method=baseline")

@@ -543,6 +543,7 @@ def test_parts_of_ones_own_train_and_are_used_where_they_are_named(okddip: Okddi
     assert len(package.load("out", trust=["own"]).classes) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own")
 def test_parts_of_ones_own_go_on_and_teach(okddip: Okddip) -> None:
     folder = ("--config-dir", "options")

@@ -72,6 +72,7 @@ def test_efficient_gives_the_same_numbers_in_less_memory() -> None:
     assert kept[1] < 0.7 * kept[0]
 
 
+@pytest.mark.slow
 def test_efficient_training_step_compiles_into_one_graph() -> None:
     torch._dynamo.reset()
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)

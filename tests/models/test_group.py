@@ -76,6 +76,7 @@ def test_rescaling_reaches_the_trunk_alone() -> None:
         assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.slow
 def test_rescaled_training_step_compiles_into_one_graph() -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()

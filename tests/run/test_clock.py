@@ -40,6 +40,7 @@ def times(folder: Path) -> list[int]:
     return [timestamp_ms for _, timestamp_ms, _ in RunFolder(folder).read_metrics()]
 
 
+@pytest.mark.slow
 def test_a_run_made_longer_where_the_clock_is_behind_has_its_new_result(
     okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import folders_of_images
+from conftest import folders_of_images, quick_first
 from omegaconf import DictConfig
 from run_helpers import (
     BARE,
@@ -36,6 +36,7 @@ def test_a_finished_run_is_not_trained_again(okddip: Okddip, tmp_path: Path) -> 
     assert (folder / "last.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_configuration_is_another_run(okddip: Okddip, tmp_path: Path) -> None:
     assert okddip(*SMALL, "tracking=none").code == 0
     answer = okddip(*SMALL, "tracking=none", "optimizer.momentum=0.8", "trainer.resume=auto")
@@ -62,7 +63,11 @@ def test_a_run_is_the_same_on_another_gpu(configured: Callable[..., DictConfig])
 
 
 @pytest.mark.parametrize(
-    ("other", "words"), [("pixels", "train, test differ"), ("classes", "with classes cat, dog; here")]
+    ("other", "words"),
+    [
+        ("pixels", "train, test differ"),
+        pytest.param("classes", "with classes cat, dog; here", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_does_not_go_on_with_other_images(
     okddip: Okddip, tmp_path: Path, other: str, words: str
@@ -101,7 +106,10 @@ def test_a_run_that_still_runs_is_not_taken_up(okddip: Okddip, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("job", "count"),
-    [("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")],
+    [
+        ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
+        pytest.param("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_started_again_goes_on_with_the_run_that_it_began(
     okddip: Okddip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: str, count: str
@@ -129,6 +137,7 @@ def test_what_is_started_again_goes_on_with_the_run_that_it_began(
     assert [path.parent.name for path in tmp_path.glob("runs/*/last.pt")] == ["first"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_mlflow_is_taken_up_without_its_folder(
     okddip: Okddip, tmp_path: Path, client: mlflow.MlflowClient
 ) -> None:
@@ -146,6 +155,7 @@ def test_a_finished_run_of_mlflow_is_taken_up_without_its_folder(
     assert_told_once(client, tmp_path / "elsewhere", epochs=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["best.pt", "previous.pt"])
 def test_a_run_goes_on_from_its_last_epoch_alone(okddip: Okddip, client: object, name: str) -> None:
     assert okddip(*TINY, "hydra.run.dir=run").code == 0
@@ -166,7 +176,7 @@ def test_a_run_is_not_trained_over_another(okddip: Okddip, tmp_path: Path) -> No
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("text", [b"", b'{"identity": "58c', b"[]", b"\xff\xfe", b"\0" * 50])
+@pytest.mark.parametrize("text", quick_first(b'{"identity": "58c', b"", b"[]", b"\xff\xfe", b"\0" * 50))
 def test_a_damaged_note_of_another_run_is_passed_over(okddip: Okddip, tmp_path: Path, text: bytes) -> None:
     (tmp_path / "runs" / "other").mkdir(parents=True)
     (tmp_path / "runs" / "other" / "run.json").write_bytes(text)
@@ -176,7 +186,7 @@ def test_a_damaged_note_of_another_run_is_passed_over(okddip: Okddip, tmp_path: 
     assert "a new one" in answer.out
 
 
-@pytest.mark.parametrize("reference", ["auto", "runs/run", "runs/run/last.pt"])
+@pytest.mark.parametrize("reference", quick_first("auto", "runs/run", "runs/run/last.pt"))
 def test_a_run_whose_note_is_damaged_is_known_by_its_checkpoint(
     okddip: Okddip,
     tmp_path: Path,
@@ -194,6 +204,7 @@ def test_a_run_whose_note_is_damaged_is_known_by_its_checkpoint(
     assert_told_once(client, tmp_path / "runs" / "run")
 
 
+@pytest.mark.slow
 def test_a_note_that_claims_another_run_is_not_believed(okddip: Okddip, tmp_path: Path) -> None:
     assert okddip(*BARE, "hydra.run.dir=runs/one").code == 0
     assert okddip(*BARE, "seed=1", "hydra.run.dir=runs/two").code == 0

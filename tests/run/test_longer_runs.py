@@ -7,6 +7,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
+from conftest import quick_first
 from run_helpers import (
     BARE,
     SMALL,
@@ -20,7 +21,7 @@ from run_helpers import (
 from okddip.training import checkpoint
 
 
-@pytest.mark.parametrize("by_id", [False, True])
+@pytest.mark.parametrize("by_id", quick_first(False, True))
 def test_more_epochs_go_on_in_the_same_run(okddip: Okddip, tmp_path: Path, by_id: bool) -> None:
     tracking = "mlflow" if by_id else "none"
     assert okddip(*SMALL, f"tracking={tracking}", "hydra.run.dir=run").code == 0
@@ -39,6 +40,7 @@ def test_more_epochs_go_on_in_the_same_run(okddip: Okddip, tmp_path: Path, by_id
         assert len(client.get_metric_history(run.info.run_id, "test/top1")) == 6
 
 
+@pytest.mark.slow
 def test_a_longer_run_that_was_cut_off_is_found_again(
     okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,10 +66,10 @@ def test_a_length_that_is_no_number_is_refused_by_name(okddip: Okddip, value: st
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("scheduler.milestones=[0.5]", "learning rate"),
         ("scheduler=cosine", "learning rate"),
-        ("scheduler.warmup_epochs=0.5", "learning rate"),
-        ("method.ramp_epochs=0.5", "ramp"),
+        pytest.param("scheduler.milestones=[0.5]", "learning rate", marks=pytest.mark.slow),
+        pytest.param("scheduler.warmup_epochs=0.5", "learning rate", marks=pytest.mark.slow),
+        pytest.param("method.ramp_epochs=0.5", "ramp", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_whose_finished_epochs_depend_on_its_length_is_not_lengthened(
@@ -88,6 +90,7 @@ def test_a_run_whose_finished_epochs_depend_on_its_length_is_not_lengthened(
     assert "is finished after epoch 4" in answer.out
 
 
+@pytest.mark.slow
 def test_a_run_is_lengthened_while_its_finished_epochs_are_those_of_the_longer_run(
     okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +116,7 @@ def test_a_run_that_an_older_version_lengthened_is_evaluated_and_not_resumed(
     assert okddip("task=evaluate", "checkpoint=runs/run", "tracking=none").code == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_made_longer_is_no_more_the_shorter_one(okddip: Okddip, tmp_path: Path) -> None:
     longer = lengthened(BARE)
     assert okddip(*BARE, "hydra.run.dir=runs/run").code == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from conftest import quick_first
 from run_helpers import (
     BARE,
     SMALL,
@@ -37,8 +38,8 @@ from run_helpers import (
         pytest.param(["method=independent"], marks=pytest.mark.slow),
         pytest.param(["method=dml", "scheduler=cosine"], marks=pytest.mark.slow),
         pytest.param(["method=cl_ilr"], marks=pytest.mark.slow),
-        ["method=one", "trainer.precision=bf16"],
-        ["method=kd", "method.teacher=teacher/last.pt"],
+        pytest.param(["method=one", "trainer.precision=bf16"], marks=pytest.mark.slow),
+        pytest.param(["method=kd", "method.teacher=teacher/last.pt"], marks=pytest.mark.slow),
         pytest.param(
             ["method=okddip", "model=densenet40_12", "model.dropout=0.2", "trainer.epochs=2"],
             marks=pytest.mark.slow,
@@ -93,6 +94,7 @@ def test_a_resumed_run_has_every_metric_once_in_the_same_mlflow_run(
         assert len(client.get_metric_history(run.info.run_id, name)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_began_without_tracking_goes_on_with_it(okddip: Okddip, tmp_path: Path) -> None:
     assert okddip(*SMALL, "tracking=none", "hydra.run.dir=run").code == 0
     answer = okddip(*SMALL, "hydra.run.dir=run", "trainer.resume=auto")
@@ -102,6 +104,7 @@ def test_a_run_that_began_without_tracking_goes_on_with_it(okddip: Okddip, tmp_p
     assert len(client.get_metric_history(run.info.run_id, "test/top1")) == 4
 
 
+@pytest.mark.slow
 def test_an_epoch_whose_checkpoint_was_damaged_is_not_told_of_twice(
     okddip: Okddip, tmp_path: Path, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +125,7 @@ def test_an_epoch_whose_checkpoint_was_damaged_is_not_told_of_twice(
     assert are_the_same(weights(tmp_path / "whole" / "run"), weights(folder))
 
 
-@pytest.mark.parametrize("left", ["", '{"epoch": 1, "timestamp_ms": 1, "tra', "\0\0\0\0"])
+@pytest.mark.parametrize("left", quick_first('{"epoch": 1, "timestamp_ms": 1, "tra', "", "\0\0\0\0"))
 def test_a_lost_line_comes_back_from_the_checkpoint(
     okddip: Okddip,
     tmp_path: Path,
@@ -141,6 +144,7 @@ def test_a_lost_line_comes_back_from_the_checkpoint(
     assert_told_once(client, folder)
 
 
+@pytest.mark.slow
 def test_a_copied_checkpoint_goes_on_as_a_new_run_with_its_history(
     okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +170,7 @@ def test_a_copied_checkpoint_goes_on_as_a_new_run_with_its_history(
     assert lines_of(tmp_path / "runs" / "alone") == lines_of(tmp_path / "runs" / "run")[3:]
 
 
+@pytest.mark.slow
 def test_a_store_that_was_deleted_in_between_is_told_everything_again(
     okddip: Okddip,
     tmp_path: Path,
@@ -191,6 +196,7 @@ def test_a_store_that_was_deleted_in_between_is_told_everything_again(
     assert_told_once(mlflow.MlflowClient(f"sqlite:///{tmp_path}/new.db"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_streamed_data_set_goes_on_where_it_was_cut_off(
     okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

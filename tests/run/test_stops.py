@@ -99,6 +99,7 @@ def test_an_exception_after_a_signal_marks_the_run_killed(
     assert the_run(client).info.status == "KILLED"
 
 
+@pytest.mark.slow
 def test_a_folder_that_goes_away_is_named_and_the_run_goes_on_when_it_is_back(
     okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

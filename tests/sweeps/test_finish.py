@@ -24,6 +24,7 @@ def test_a_report_on_a_sweep_has_the_runs_that_another_finished(okddip: Okddip, 
     assert table["seeds"] == "1 2"
 
 
+@pytest.mark.slow
 def test_whatever_fails_at_the_end_of_a_sweep_is_shown_and_its_parent_closed(
     okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

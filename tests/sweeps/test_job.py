@@ -24,6 +24,7 @@ def are_the_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_all_jobs_and_says_what_became_of_them(okddip: Okddip, tmp_path: Path) -> None:
     command = ("-m", *SMALL, "method.peers=2,3", "optimizer.lr=1e30,0.02", "trainer.epochs=2")
     answer = okddip(*command, "hydra.sweep.dir=sweep")
@@ -74,6 +75,7 @@ def test_a_sweep_runs_all_jobs_and_says_what_became_of_them(okddip: Okddip, tmp_
     assert {run.info.status for run in runs(tmp_path, "parents")} == {"FAILED", "FINISHED"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tracking", "places"),
     [("tracking=none", ("multirun/0", "multirun/1")), ("tracking=mlflow", ("here", "else/where"))],

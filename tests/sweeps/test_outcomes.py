@@ -8,6 +8,7 @@ from sweep_helpers import SMALL, Okddip, runs
 from okddip.sweeps.outcomes import Outcome, read_outcomes, write_outcome
 
 
+@pytest.mark.slow
 def test_an_outcome_that_cannot_be_read_does_not_keep_a_sweep_from_its_end(
     okddip: Okddip, tmp_path: Path
 ) -> None:
@@ -30,6 +31,7 @@ def test_a_job_that_outlives_its_sweep_does_not_write_over_what_became_of_the_ne
     assert [outcome.kind for outcome in read_outcomes(tmp_path, "first")] == ["finished"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hydra.output_subdir=null", "hydra.sweep.subdir=deep/${hydra.job.num}"])
 def test_outcomes_are_those_of_this_sweep_wherever_hydra_puts_its_jobs(
     okddip: Okddip, tmp_path: Path, layout: str

@@ -5,9 +5,11 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from sweep_helpers import SMALL, Okddip, start
 
 
+@pytest.mark.slow
 def test_a_second_sweep_in_the_folder_of_one_that_goes_on_is_refused(okddip: Okddip, tmp_path: Path) -> None:
     common = ("-m", *SMALL, "method=baseline", "hydra.sweep.dir=sweep")
     first = start(tmp_path, *common, "seed=0,1", "trainer.epochs=1000")

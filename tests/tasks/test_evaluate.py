@@ -11,7 +11,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import Answer
+from conftest import Answer, quick_first
 from PIL import Image
 
 from okddip.data.sources import digits
@@ -43,7 +43,7 @@ def write_digits(folder: Path, classes: list[str]) -> None:
             Image.fromarray(image[..., 0].numpy()).save(file)
 
 
-@pytest.mark.parametrize("method", ["okddip", "one", "independent"])
+@pytest.mark.parametrize("method", quick_first("okddip", "one", "independent"))
 def test_the_numbers_are_those_of_the_run(okddip: Okddip, method: str) -> None:
     state = train(okddip, f"method={method}", "tracking=none")
     answer = okddip(*EVALUATE, "checkpoint=run/last.pt", "tracking=none")
@@ -59,6 +59,7 @@ def test_the_numbers_are_those_of_the_run(okddip: Okddip, method: str) -> None:
     assert more == {name.partition("/")[0] for name in reported if name.endswith("/top1")} - {"mean"}
 
 
+@pytest.mark.slow
 def test_a_teacher_takes_part_and_may_have_moved(okddip: Okddip) -> None:
     train(okddip, "method=baseline", "tracking=none", folder="teacher")
     state = train(okddip, "method=kd", "method.teacher=teacher", "tracking=none")
@@ -73,6 +74,7 @@ def test_a_teacher_takes_part_and_may_have_moved(okddip: Okddip) -> None:
         assert report()["metrics"][name] == state["metrics"][f"test/{name}"]
 
 
+@pytest.mark.slow
 def test_a_teacher_meets_another_data_set_normalised_as_its_own(okddip: Okddip, tmp_path: Path) -> None:
     train(okddip, "method=baseline", "tracking=none", folder="teacher")
     state = train(okddip, "method=kd", "method.teacher=teacher", "tracking=none")
@@ -88,6 +90,7 @@ def test_a_teacher_meets_another_data_set_normalised_as_its_own(okddip: Okddip, 
         assert report()["metrics"][name] == state["metrics"][f"test/{name}"]
 
 
+@pytest.mark.slow
 def test_a_teacher_that_the_program_chose_is_found_and_never_trained(okddip: Okddip) -> None:
     state = train(okddip, "method=kd", "methods.teacher=auto", "methods.teacher_model=resnet8")
     answer = okddip(*EVALUATE, "checkpoint=run")
@@ -133,6 +136,7 @@ def test_classes_and_confusion_add_up_to_the_accuracy(okddip: Okddip) -> None:
     assert Path("evaluation/confusion.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_another_data_set_with_the_same_classes(okddip: Okddip, tmp_path: Path) -> None:
     state = train(okddip, "method=baseline", "tracking=none")
     write_digits(tmp_path / "same", [str(digit) for digit in range(10)])
@@ -170,7 +174,7 @@ def test_a_data_set_may_have_moved(okddip: Okddip, tmp_path: Path) -> None:
     assert report()["metrics"]["loss"] == pytest.approx(state["metrics"]["test/loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["evaluation.json", "confusion.png", "confusion.pdf"])
+@pytest.mark.parametrize("name", quick_first("evaluation.json", "confusion.png", "confusion.pdf"))
 def test_what_cannot_be_written_is_named(okddip: Okddip, name: str) -> None:
     train(okddip, "method=baseline", "tracking=none", "trainer.limit_batches=1")
     Path("evaluation", name, "in the way").mkdir(parents=True)

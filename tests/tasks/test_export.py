@@ -271,8 +271,11 @@ def test_a_format_that_answers_otherwise_leaves_nothing(
 @pytest.mark.parametrize(
     ("name", "file"),
     [
-        *(("safetensors", "model.safetensors"), ("torch", "model.pt2"), ("onnx", "model.onnx")),
-        ("mlflow", "mlflow"),
+        ("safetensors", "model.safetensors"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("torch", "model.pt2"), ("onnx", "model.onnx"), ("mlflow", "mlflow"))
+        ),
     ],
 )
 def test_a_full_disk_is_named_and_leaves_nothing(

@@ -86,12 +86,18 @@ def works(file: Path) -> None:
 
 
 def open_new_store(folder: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
     with stop_on_signals():
         MLflow(f"sqlite:///{folder}/mlflow.db", "first").open()
 
 
 @pytest.mark.parametrize(
-    ("number", "moment"), [(signal.SIGINT, 0.02), (signal.SIGTERM, 0.1), (signal.SIGKILL, 0.2)]
+    ("number", "moment"),
+    [
+        (signal.SIGKILL, 0.2),
+        pytest.param(signal.SIGTERM, 0.1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 0.02, marks=pytest.mark.slow),
+    ],
 )
 def test_a_process_that_is_stopped_while_it_makes_a_store_leaves_none(
     tmp_path: Path, number: int, moment: float
@@ -162,6 +168,7 @@ def test_a_half_made_store_is_named_with_what_to_do(tmp_path: Path, statement: i
         open_store(f"sqlite:///{tmp_path}/mlflow.db")
 
 
+@pytest.mark.slow
 def test_a_store_made_again_in_the_place_of_a_half_made_one_works(tmp_path: Path) -> None:
     half_made(tmp_path / "mlflow.db")
     (tmp_path / "mlflow.db").unlink()
@@ -170,6 +177,7 @@ def test_a_store_made_again_in_the_place_of_a_half_made_one_works(tmp_path: Path
     assert not (tmp_path / "mlflow.db-journal").exists()
 
 
+@pytest.mark.slow
 def test_an_empty_file_becomes_a_store_and_a_link_stays_one(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "real.db").touch()

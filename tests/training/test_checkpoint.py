@@ -163,6 +163,7 @@ for free in range(0, 12 * 4096, 4096):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_disk_of_any_fullness_is_named_and_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()

@@ -48,6 +48,7 @@ def one_bad(weights: dict[str, torch.Tensor], value: float) -> dict[str, torch.T
     return changed
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_refused_in_every_use(okddip: Okddip, state: dict[str, Any]) -> None:
     for name, value in (("nan", NAN), ("infinity", float("inf"))):
         save(state, f"{name}/last.pt", group=one_bad(state["group"], value))
@@ -77,6 +78,7 @@ def test_a_momentum_that_is_not_a_number_is_refused_before_it_ruins_the_weights(
     assert "not finite (optimizer: momentum_buffer)" in answer.err
 
 
+@pytest.mark.slow
 def test_an_evaluation_whose_losses_overflow_names_them_and_reports_nothing(
     okddip: Okddip, state: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def test_ablations_are_named_and_compared_with_the_whole_method(tmp_path: Path, 
     assert "where validation is 0, chosen on the test set itself" in tables.footer(comparison)[0]
 
 
+@pytest.mark.slow
 def test_image_folders_are_told_apart_by_their_images_and_not_by_their_place(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = mlflow.MlflowClient(uri)
@@ -162,6 +163,7 @@ def test_image_folders_are_told_apart_by_their_images_and_not_by_their_place(tmp
     }
 
 
+@pytest.mark.slow
 def test_teachers_are_compared_by_what_they_are_and_not_by_where(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = mlflow.MlflowClient(uri)
@@ -409,6 +411,7 @@ def test_files_of_figures_have_short_names_of_their_own(tmp_path: Path) -> None:
     assert max(len(name.encode()) for name in names) < 200
 
 
+@pytest.mark.slow
 def test_a_report_is_whole_however_long_the_path_of_the_images_is(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = mlflow.MlflowClient(uri)

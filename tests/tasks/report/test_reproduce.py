@@ -73,6 +73,7 @@ def test_a_job_of_a_sweep_gets_the_command_of_its_own(
     assert composed == kept
 
 
+@pytest.mark.slow
 def test_a_run_that_an_older_version_lengthened_is_in_no_row_and_has_no_command(
     okddip: Okddip, configured: Callable[..., DictConfig], uri: str, store: MlflowClient
 ) -> None:
