@@ -16,7 +16,7 @@ MOVED = {
 FIRST_NAMES = {now: then for then, now in MOVED.items()}
 
 # Settings that came later, with the value that a run without them had. With it they identify no run.
-LATER_SETTINGS = {"trainer": {"drop_last": False}}
+LATER_SETTINGS = {"trainer": {"deterministic": False, "drop_last": False}}
 
 
 def updated(config: Mapping[str, Any]) -> dict[str, Any]:

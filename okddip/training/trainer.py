@@ -1,6 +1,8 @@
 """The training loop: epochs of steps, evaluations and checkpoints."""
 
 import logging
+import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -42,9 +44,10 @@ SMALLEST = {  # of whole numbers
     "accumulate": 1,
 }
 LARGEST = 10**7
+NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 CHOICES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("channels_last", "compile", "fused", "tf32", "cudnn_benchmark"), (True, False)),
-    **dict.fromkeys(("sync_batch_norm", "drop_last", "rerun"), (True, False)),
+    **dict.fromkeys(("deterministic", "sync_batch_norm", "drop_last", "rerun"), (True, False)),
     "precision": ("auto", *PRECISIONS),
     "compile_mode": COMPILE_MODES,
 }
@@ -77,6 +80,7 @@ class Trainer:
     fused: bool
     tf32: bool
     cudnn_benchmark: bool
+    deterministic: bool
     gradient_clip: float | None
     accumulate: int
     drop_last: bool
@@ -99,6 +103,8 @@ class Trainer:
         if self.resume is not None and not (isinstance(self.resume, str) and self.resume):
             raise ConfigError(f"trainer.resume={self.resume}: must be null, auto, a path or runs:/ID.")
         self.check_parts()
+        if self.deterministic:  # read when the device is first used
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.device = find_device(str(self.device), self.choose_gpu)
         on_cuda = self.device.type == "cuda"
         if self.sync_batch_norm and not on_cuda:
@@ -307,7 +313,7 @@ class Trainer:
         """
         start = time.perf_counter()
         title = f"epoch {epoch + 1}/{self.epochs}"
-        with self.within_memory(), self.progress(loader.batches(epoch), len(loader), title) as batches:
+        with self.named_errors(), self.progress(loader.batches(epoch), len(loader), title) as batches:
             sums = train_on(group, method, step, batches, ramp, epoch)
         distributed.average_buffers(group, method)
         read = metrics.read(sums, method)  # waits for the device
@@ -335,17 +341,17 @@ class Trainer:
             ConfigError: a loss is not finite.
         """
         length = min(len(loader), most or len(loader))
-        with self.within_memory(), self.progress(loader.batches(epoch), length, split) as batches:
+        with self.named_errors(), self.progress(loader.batches(epoch), length, split) as batches:
             sums = evaluate_on(group, method, step, batches, ramp)
         refuse_broken_losses(sums, epoch)
         return {f"{split}/{name}": value for name, value in metrics.read(sums, method).items()}
 
     @contextmanager
-    def within_memory(self) -> Iterator[None]:
-        """Name the settings that decide how much memory a batch takes, where there is not enough.
+    def named_errors(self) -> Iterator[None]:
+        """Name the settings behind what PyTorch cannot do with a batch.
 
         Raises:
-            ConfigError: the device's memory is full.
+            ConfigError: the device's memory is full, or an operator is not deterministic and has to be.
         """
         try:
             yield
@@ -356,12 +362,24 @@ class Trainer:
                 f" trainer.accumulate={2 * self.accumulate} for the same updates in smaller parts, or"
                 " trainer.precision=bf16."
             ) from error
+        except RuntimeError as error:
+            operator = NOT_DETERMINISTIC.match(str(error))
+            if operator is None:
+                raise
+            raise ConfigError(
+                f"trainer.deterministic=true: PyTorch's {operator[1]} has no deterministic form on"
+                f" {self.device}. Choose another model or method, or trainer.deterministic=false."
+            ) from error
 
     def set_backend_flags(self) -> None:
         """Set what PyTorch keeps for the whole process, so that a run before this one leaves no trace."""
         if self.compile:
             torch.compiler.reset()
-        torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        if torch.are_deterministic_algorithms_enabled() != self.deterministic:  # imports the compiler
+            torch.use_deterministic_algorithms(self.deterministic)
+        torch.backends.cudnn.deterministic = self.deterministic
+        # which algorithm is the fastest may be another one each time
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark and not self.deterministic
         fp32 = "tf32" if self.tf32 else "ieee"
         torch.backends.cuda.matmul.fp32_precision = fp32
         torch.backends.cudnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]

@@ -37,8 +37,8 @@ def test_the_identity_of_a_configuration_is_that_of_version_0_1_0(
 def test_a_setting_that_came_later_makes_another_run_where_it_is_not_at_its_default(
     configured: Callable[..., DictConfig],
 ) -> None:
-    default, other = configured(), configured("trainer.drop_last=true")
-    assert run_identity(default) != run_identity(other)
+    for later in ("trainer.drop_last=true", "trainer.deterministic=true"):
+        assert run_identity(configured()) != run_identity(configured(later))
 
 
 def named_as_before(config: Any) -> Any:

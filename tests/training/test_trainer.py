@@ -1,5 +1,6 @@
 """What a training step is made of; that training learns, resumes and counts is shown by tests of runs."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -120,12 +121,39 @@ def test_batch_norm_gets_fp32_where_a_rank_has_no_image(parts: BuildParts) -> No
 
 def test_a_device_whose_memory_is_full_is_named(parts: BuildParts) -> None:
     trainer = parts("trainer.batch_size=8").trainer
-    with pytest.raises(ConfigError) as refused, trainer.within_memory():
+    with pytest.raises(ConfigError) as refused, trainer.named_errors():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
     assert str(refused.value).startswith(
         "trainer.batch_size=8, trainer.eval_batch_size=256: the memory of cpu is full (CUDA out of memory)."
         " Take smaller batches, trainer.accumulate=2"
     )
+
+
+def test_deterministic_algorithms_are_for_the_run_that_asks_for_them(
+    configured: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cudnn = torch.backends.cudnn
+    for deterministic in (True, False):
+        Trainer(**settings(configured, deterministic=deterministic)).set_backend_flags()  # type: ignore[arg-type]
+        assert torch.are_deterministic_algorithms_enabled() == cudnn.deterministic == deterministic
+        assert cudnn.benchmark == (not deterministic)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_an_operator_that_has_no_deterministic_form_is_named(configured: Callable[..., DictConfig]) -> None:
+    trainer = Trainer(**settings(configured, deterministic=True))  # type: ignore[arg-type]
+    trainer.set_backend_flags()
+    try:
+        with pytest.raises(ConfigError) as refused, trainer.named_errors():
+            torch.zeros(4).put_(torch.tensor([1, 1]), torch.ones(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert str(refused.value).startswith(
+        "trainer.deterministic=true: PyTorch's put_ has no deterministic form on cpu. Choose another model"
+    )
+    with pytest.raises(RuntimeError, match="something else"), trainer.named_errors():
+        raise RuntimeError("something else")
 
 
 @pytest.mark.parametrize("method", ["one", "okddip"])

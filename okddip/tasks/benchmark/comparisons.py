@@ -165,7 +165,7 @@ def step_cost(parts: Parts, settings: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: the device's memory is full.
     """
-    with parts.trainer.within_memory():
+    with parts.trainer.named_errors():
         steps = TrainerSteps(parts)
         modules = [parts.group, parts.method]
         workloads = {("train", str(parts.method.peers)): Workload(steps.train_step, parts.trainer.batch_size)}

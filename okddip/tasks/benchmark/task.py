@@ -66,7 +66,7 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
         )
         alone = distributed.world_size() == 1
         report = describe(config, parts) | shape._asdict()
-        with parts.trainer.within_memory():
+        with parts.trainer.named_errors():
             report |= (compare_with_plain_loop if alone else compare_ranks)(parts, settings)
         if settings.peers:
             synthetic.trainer.device = str(parts.trainer.device)  # "auto" would be logged again
