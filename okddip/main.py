@@ -20,6 +20,7 @@ from okddip.assembly import CONFIG_HOME, make
 from okddip.checks import check
 from okddip.command_line import as_typed, check_choices, check_flags, overrides_first, usage, versions
 from okddip.errors import ConfigError, Incompatible, check_number
+from okddip.home import ensure_home
 from okddip.hooks import register_plugins
 from okddip.signals import stop_on_signals
 from okddip.sweeps.begin import NO_CHDIR
@@ -194,6 +195,7 @@ def cli() -> None:
         try:
             with distributed.rank_0_speaks():
                 try:
+                    ensure_home()
                     distributed.check_environment()
                     check_flags(sys.argv[1:])
                     sys.argv[1:] = as_typed(overrides_first(sys.argv[1:]))
