@@ -26,6 +26,7 @@ from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.signals import stops_deferred
 from okddip.training import checkpoint, metrics
+from okddip.training.compiler import check_compiler
 from okddip.training.devices import find_device
 from okddip.training.epoch import evaluate_on, refuse_broken_losses, train_on
 from okddip.training.history import History, Results
@@ -110,6 +111,8 @@ class Trainer:
             raise ConfigError(f"trainer.resume={self.resume}: must be null, auto, a path or runs:/ID.")
         self.check_parts()
         self.device = find_device(str(self.device), self.choose_gpu)
+        if self.compile:
+            check_compiler(self.device)
         on_cuda = self.device.type == "cuda"
         if self.sync_batch_norm and not on_cuda:
             raise ConfigError(
