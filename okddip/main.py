@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from okddip import distributed
 from okddip.assembly import CONFIG_HOME, make
 from okddip.checks import check
-from okddip.command_line import check_choices, quote_report_filter, usage
+from okddip.command_line import as_typed, check_choices, check_flags, overrides_first, usage, versions
 from okddip.errors import ConfigError, Incompatible, check_number
+from okddip.home import ensure_home
 from okddip.hooks import register_plugins
 from okddip.signals import stop_on_signals
 from okddip.sweeps.begin import NO_CHDIR
@@ -194,12 +195,17 @@ def cli() -> None:
         try:
             with distributed.rank_0_speaks():
                 try:
+                    ensure_home()
                     distributed.check_environment()
+                    check_flags(sys.argv[1:])
+                    sys.argv[1:] = as_typed(overrides_first(sys.argv[1:]))
                     check_choices(sys.argv[1:])
-                    sys.argv[1:] = quote_report_filter(sys.argv[1:])
                 except ConfigError as error:
                     print(error, file=sys.stderr)
                     sys.exit(1)
+                if "--version" in sys.argv[1:]:
+                    print(versions())
+                    return
                 if {"--help", "-h"} & set(sys.argv[1:]):
                     print(for_terminal(usage(CONFIG_HOME, sys.argv[1:]), lines=True))
                     rest = [part for part in sys.argv[1:] if part not in ("--help", "-h")]

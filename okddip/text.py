@@ -9,9 +9,10 @@ import re
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from io import TextIOWrapper
+from typing import Any
 
 # Control characters, invisible ones such as those that turn the direction of writing, halves of surrogate
 # pairs (bytes of file names that are not UTF-8), and separators of lines and paragraphs
@@ -28,6 +29,8 @@ LATEX = {
 # Settings of Matplotlib with which text is only text: no formulas between dollars, no LaTeX
 FIGURES = {"text.parse_math": False, "text.usetex": False}
 OVERRIDE = re.compile(r"~[\w./@:-]+|[+~]{0,2}[\w./@:-]+=.*", re.DOTALL)  # of Hydra
+UNQUOTED = re.compile(r"[A-Za-z_./][\w./:\-]*")  # strings that Hydra takes without quotes
+NOT_STRINGS = ("null", "true", "false", "inf", "nan")
 SWITCHES = ("-m", "--multirun")
 FLAGS = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")  # a value follows
 
@@ -107,6 +110,24 @@ def in_bytes(char: str) -> str:
 def composed(names: Iterable[str]) -> list[str]:
     """Names in Unicode's composed form (NFC), so that equal ones compare equal."""
     return [unicodedata.normalize("NFC", name) for name in names]
+
+
+def as_override(value: Any) -> str:
+    """A value in Hydra's override grammar, of the same type when it is parsed."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{as_override(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(as_override, value)) + "]"
+    if not isinstance(value, str):
+        return repr(value)
+    if UNQUOTED.fullmatch(value) and value.lower() not in NOT_STRINGS:
+        return value
+    # a backslash counts for two before a quote alone
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
 
 
 def okddip_command(typed: str) -> list[str] | None:

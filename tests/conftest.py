@@ -27,7 +27,8 @@ from okddip.tasks.benchmark.synthetic import DataShape, with_synthetic_images
 pytest_plugins = "mlflow_stores"
 
 # the suite's numbers must not depend on a store or a cache that the developer has
-os.environ.pop("MLFLOW_TRACKING_URI", None)
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+    os.environ.pop(name, None)
 
 
 def quick_first(*values: Any) -> list[Any]:

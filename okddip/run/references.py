@@ -30,16 +30,25 @@ def find_checkpoint(key: str, reference: str, tracking_uri: str | None) -> Path:
 
     from okddip.tracking.address import absolute_uri
     from okddip.tracking.store import open_store
+    from okddip.tracking.waiting import first_line
 
-    open_store(tracking_uri)
+    client = open_store(tracking_uri)
     run_id, _, name = reference.removeprefix("runs:/").partition("/")
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise ConfigError(
+            f"{key}={reference}: {tracking_uri} has no such run ({first_line(error)})."
+        ) from error
     try:
         return Path(
             download_artifacts(f"runs:/{run_id}/{name or 'last.pt'}", tracking_uri=absolute_uri(tracking_uri))
         )
     except (MlflowException, OSError) as error:
+        folder = run.data.tags.get("folder")
         raise ConfigError(
-            f"{key}={reference}: {tracking_uri} has no such run with a checkpoint"
-            f" ({str(error).splitlines()[0]}). Interrupted runs, and those with"
-            " tracking.checkpoints=false, have none there; name the file instead."
+            f"{key}={reference}: {tracking_uri} has this run without {name or 'last.pt'}, which is not in"
+            f" {run.info.artifact_uri} ({first_line(error)}). Interrupted runs, and those with"
+            " tracking.checkpoints=false, have no checkpoint there; else its artifacts were moved or removed."
+            f" Name the file instead{f'; the run was in {folder}' if folder else ''}."
         ) from error

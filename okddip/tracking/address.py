@@ -20,7 +20,7 @@ def absolute_uri(uri: str) -> str:
     from sqlalchemy.engine import make_url
 
     url = make_url(uri)
-    return url.set(database=str(Path(str(url.database)).absolute())).render_as_string()
+    return url.set(database=str(Path(str(url.database)).expanduser().absolute())).render_as_string()
 
 
 def without_credentials(uri: str) -> str:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from okddip.errors import ConfigError
 from okddip.files import sync_folder
 from okddip.signals import raise_if_stopping
+from okddip.text import for_shell_word
 from okddip.tracking.address import absolute_uri
+from okddip.tracking.moved import follow_move
 
 if TYPE_CHECKING:
     from sqlalchemy import URL, Engine
@@ -61,6 +63,7 @@ def complete_store(uri: str) -> Iterator[Path]:
         engine = create_engine(url, poolclass=NullPool)
         if file.exists() and (tables := set(inspect(engine).get_table_names())):
             check_tables(engine, tables)
+            follow_move(engine, file)
         else:
             create_store(url)
         yield file
@@ -115,7 +118,8 @@ def check_tables(engine: "Engine", tables: set[str]) -> None:
         raise ConfigError(
             f"tracking.uri={where}: this store is of another version of MLflow than {mlflow.__version__}"
             f" (its tables are of revision {found}, not {wanted}). Of an older one: copy it, then"
-            f" `mlflow db upgrade {where}`, and do not stop that. Of a newer one: install that."
+            f" `mlflow db upgrade {for_shell_word(where)}`, and do not stop that. Of a newer one: install"
+            " that."
         )
     raise ConfigError(
         f"tracking.uri={where}: this store is half made: what made it was stopped. Nothing is in it, so"

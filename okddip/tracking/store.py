@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from okddip.errors import ConfigError
+from okddip.text import for_shell_word
 from okddip.tracking.address import ALLOWED_URIS, absolute_uri
+from okddip.tracking.moved import ARTIFACTS
 from okddip.tracking.sqlite import LOCK_SECONDS, complete_store
 from okddip.tracking.unsent import finish_if_ended
 from okddip.tracking.waiting import call_within, first_line
@@ -63,8 +65,8 @@ class Store:
             if not uri:
                 raise ValueError("it is empty")
             with prepared_database(uri) as file:
-                if file is not None:  # where `mlflow server` keeps artifacts too, if started beside the file
-                    artifacts = (file.parent / "mlartifacts").as_uri()
+                if file is not None:
+                    artifacts = (file.parent / ARTIFACTS).as_uri()
                     self.lock_seconds = LOCK_SECONDS
                 self.client = MlflowClient(absolute_uri(uri))
                 seconds = LOCK_SECONDS if re.match(DATABASE, uri) else OPEN_SECONDS  # it may make its tables
@@ -89,7 +91,8 @@ class Store:
         if experiment.lifecycle_stage == "deleted":
             raise ConfigError(
                 f"tracking.experiment={name}: this experiment was deleted in {self.uri}. "
-                f"Choose another name, or `mlflow experiments restore -x {experiment.experiment_id}`."
+                f"Choose another name, or `MLFLOW_TRACKING_URI={for_shell_word(absolute_uri(self.uri))}"
+                f" mlflow experiments restore -x {experiment.experiment_id}`."
             )
         return experiment.experiment_id
 

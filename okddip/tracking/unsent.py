@@ -146,10 +146,21 @@ def finish_if_ended(client: "MlflowClient", run: "Run") -> None:
             logger.info("MLflow run %s was killed, and is marked so now.", run_id)
 
 
+def moved_along(request: Request, folder: Path) -> Request:
+    """The same file of a run whose folder was moved since."""
+    file, *rest = request.content
+    here = folder / Path(file).name
+    return (
+        request if Path(file).exists() or not here.exists() else request._replace(content=[str(here), *rest])
+    )
+
+
 def send_unsent(client: "MlflowClient", run_id: str, path: Path) -> None:
     """Send what a run has kept, and remove it."""
     requests = [Request(*parts) for parts in json.loads(path.read_text(encoding="utf-8"))]
     for request in requests:
+        if request.kind == "file":
+            request = moved_along(request, path.parent)
         file = Path(request.content[0]) if request.kind == "file" else None
         if file is not None and file.exists() and not is_own(file, within=path.parent):
             logger.warning(

@@ -24,6 +24,7 @@ from okddip.errors import ConfigError, check_choice, check_number
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
 from okddip.training import checkpoint, metrics
+from okddip.training.compiler import check_compiler
 from okddip.training.devices import find_device
 from okddip.training.epoch import evaluate_on, refuse_broken_losses, train_on
 from okddip.training.history import History, Results
@@ -106,6 +107,8 @@ class Trainer:
         if self.deterministic:  # read when the device is first used
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.device = find_device(str(self.device), self.choose_gpu)
+        if self.compile:
+            check_compiler(self.device)
         on_cuda = self.device.type == "cuda"
         if self.sync_batch_norm and not on_cuda:
             raise ConfigError(

@@ -12,11 +12,13 @@ import mlflow
 import pytest
 import torch
 from conftest import Answer, quick_first
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from okddip.data.sources import digits
 from okddip.tasks.evaluate.measure import class_accuracy, count_confusion
 from okddip.tasks.evaluate.results import draw_confusion
+from okddip.tasks.evaluate.settings import evaluation_settings
 from okddip.training import checkpoint
 
 Okddip = Callable[..., Answer]
@@ -57,6 +59,11 @@ def test_the_numbers_are_those_of_the_run(okddip: Okddip, method: str) -> None:
     assert {name: measured[name] for name in reported} == reported
     more = {name.partition("/")[0] for name in measured.keys() - reported.keys()}
     assert more == {name.partition("/")[0] for name in reported if name.endswith("/top1")} - {"mean"}
+
+
+def test_a_compiled_run_is_measured_without_a_compiler(configured: Callable[..., DictConfig]) -> None:
+    state = {"config": OmegaConf.to_container(configured("trainer.compile=true"), resolve=True)}
+    assert not evaluation_settings(configured(), set(), state).trainer.compile
 
 
 @pytest.mark.slow

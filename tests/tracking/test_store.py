@@ -15,6 +15,7 @@ from mlflow_stores import free_port, mlflow_server, start, stored
 
 from okddip.errors import ConfigError
 from okddip.tracking import store
+from okddip.tracking.address import absolute_uri
 from okddip.tracking.tracker import MLflow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -77,7 +78,8 @@ class TestAStoreThatCannotBeOpened:
 
 def test_a_deleted_experiment_is_refused(tracker: MLflow) -> None:
     tracker.store.client.delete_experiment(tracker.store.experiment_id)
-    with pytest.raises(ConfigError, match=rf"tracking\.experiment={tracker.experiment}.*restore"):
+    command = f"MLFLOW_TRACKING_URI='{absolute_uri(tracker.uri)}' mlflow experiments restore"
+    with pytest.raises(ConfigError, match=rf"tracking\.experiment={tracker.experiment}.*{command}"):
         MLflow(tracker.uri, tracker.experiment).open()
 
 

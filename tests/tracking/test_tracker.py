@@ -4,6 +4,7 @@ import inspect
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from hydra.utils import instantiate
 from mlflow_stores import history, start, stored, text_of
+from omegaconf import DictConfig
 
 from okddip.errors import ConfigError
 from okddip.tracking.params import MAX_PARAM_LENGTH, MAX_TAG_LENGTH, params_of
@@ -180,6 +182,15 @@ def test_option_files_build_a_tracker(option: str, kind: type, monkeypatch: pyte
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tracker = instantiate(yaml.safe_load((REPOSITORY / f"conf/tracking/{option}.yaml").read_text()))
     assert type(tracker) is kind
+
+
+def test_the_experiment_is_the_environments_unless_it_is_typed(
+    configured: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert configured().tracking.experiment == "okddip"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the project")
+    assert configured().tracking.experiment == "of the project"
+    assert configured("tracking.experiment=typed").tracking.experiment == "typed"
 
 
 def test_nothing_heavy_is_imported_before_a_store_is_opened() -> None:

@@ -73,8 +73,8 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
             report |= cost_by_peers(synthetic, build, settings)
         (log_tables if alone else log_rank_tables)(report)
         if settings.out and distributed.rank() == 0:
-            write_text(Path(str(settings.out)), json.dumps(report, indent=2) + "\n")
-            parts.tracker.log_artifact(Path(str(settings.out)))
+            write_text(Path(str(settings.out)).expanduser(), json.dumps(report, indent=2) + "\n")
+            parts.tracker.log_artifact(Path(str(settings.out)).expanduser())
         log_metrics(report, parts.tracker)
     return report["ratio"]["train"]["median"]
 
@@ -105,7 +105,7 @@ def check_settings(settings: DictConfig) -> None:
     for peers in settings.peers:
         check_number("benchmark.peers", peers, minimum=1, integer=True)
     if settings.out is not None:
-        path = Path(str(settings.out))
+        path = Path(str(settings.out)).expanduser()
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise ConfigError(
                 f"benchmark.out={path}: cannot be written. Name a file in a folder that exists and can be."

@@ -49,6 +49,7 @@ def evaluation_settings(config: DictConfig, chosen: set[str], state: dict[str, A
             # the source follows by ${dataset.root} and the like, which are resolved in a checkpoint
             if group == "dataset" and name in settings.dataset.get("source", {}):
                 settings.dataset.source[name] = value
+    settings.trainer.compile = False  # nothing is compiled here, and no compiler is needed
     return settings
 
 

@@ -19,7 +19,7 @@ from okddip.errors import ConfigError
 from okddip.older_versions import updated
 from okddip.plain_data import plain
 from okddip.tasks.report.runs import LENGTHS
-from okddip.text import for_shell, for_shell_word, okddip_command
+from okddip.text import as_override, for_shell, for_shell_word, okddip_command
 from okddip.trust import PARTS, Trust
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 SWITCHES = ("trainer.resume", "trainer.rerun")  # how a run was resumed makes it no other run
 UNNAMED_GROUPS = ("optimizer", "scheduler", "trainer", "tracking")  # `options` names the others
-UNQUOTED = re.compile(r"[A-Za-z_./][\w./:\-]*")  # strings that Hydra takes without quotes
-NOT_STRINGS = ("null", "true", "false", "inf", "nan")
 ABSENT = object()
 
 
@@ -238,24 +236,6 @@ def differences(wanted: Any, found: Any, key: str = "") -> Iterator[tuple[str, s
             yield from differences(wanted.get(name, ABSENT), theirs.get(name, ABSENT), inner)
     elif key not in SWITCHES and not (wanted == found and type(wanted) is type(found)):
         yield key, "+" if found is ABSENT else "", wanted
-
-
-def as_override(value: Any) -> str:
-    """A value in Hydra's override grammar, of the same type when it is parsed."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{name}:{as_override(item)}" for name, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(as_override, value)) + "]"
-    if not isinstance(value, str):
-        return repr(value)
-    if UNQUOTED.fullmatch(value) and value.lower() not in NOT_STRINGS:
-        return value
-    # a backslash counts for two before a quote alone
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
 
 
 def config_folders(words: Sequence[str]) -> list[str]:

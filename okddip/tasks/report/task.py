@@ -47,7 +47,7 @@ def report(config: DictConfig, build: Callable[[DictConfig], "Parts"]) -> None:
         print(reproduce.reproducing_command(client, str(asked.run), trust_of(config)))
         return
     found = runs.find_runs(client, uri, config.tracking.experiment, asked.sweep, asked.where)
-    folder = Path(asked.out or Path(HydraConfig.get().runtime.output_dir) / "report")
+    folder = Path(asked.out or Path(HydraConfig.get().runtime.output_dir) / "report").expanduser()
     make(client, found, folder)
 
 

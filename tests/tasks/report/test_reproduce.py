@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
-from okddip.tasks.report.reproduce import as_override
+from okddip.text import as_override
 from okddip.tracking.tracker import MLflow
 
 Okddip = Callable[..., Answer]
