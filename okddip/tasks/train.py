@@ -1,8 +1,6 @@
 """The task `train`: a run from its first epoch to its last, or from where it was interrupted."""
 
 import logging
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from okddip import distributed
+from okddip import distributed, invocation
 from okddip.data.dataset import Dataset
 from okddip.data.weaknesses import weaknesses
 from okddip.methods.base import Method
@@ -113,7 +111,7 @@ def start_tracking(
             **(teacher_tags() if is_teacher else job_tags()),
         },
         config_yaml=OmegaConf.to_yaml(config),
-        command=shlex.join(["okddip", *sys.argv[1:]]),
+        command=invocation.command(),
         run_id=run.tracking_id,
         store=run.store,
         anew=config.trainer.resume == "auto",  # another store than that of a named run may be a mistake
