@@ -44,6 +44,17 @@ def train(
     Returns:
         Top-1 of the primary predictor after the last epoch, in percent.
     """
+    _, history = train_run(config, build, teacher_folder)
+    return history["last"]["test/top1"]
+
+
+def train_run(
+    config: DictConfig, build: Callable[[DictConfig], Parts], teacher_folder: Path | None = None
+) -> tuple[Run, dict[str, dict[str, float]]]:
+    """What `train` does; gives the run, and the metrics of its last epoch and of its best.
+
+    A run that is resumed has another folder than the one that Hydra made for it.
+    """
     versions = {"okddip": __version__, "torch": torch.__version__}
     distributed.check_ranks_agree(versions | identifying_settings(config))
     folder = teacher_folder or Path(HydraConfig.get().runtime.output_dir)
@@ -66,7 +77,7 @@ def train(
             history = fit(config, parts, run, digests)
             log_results(parts, run, history)
     log_table(history, parts.method)
-    return history["last"]["test/top1"]
+    return run, history
 
 
 @contextmanager
