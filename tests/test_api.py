@@ -63,6 +63,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         okddip.nope  # noqa: B018
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_process_are_in_the_store_and_leave_nothing_else(store: str, tmp_path: Path) -> None:
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):  # the caller's own
         before = state_of_the_process()
