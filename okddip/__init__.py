@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from okddip.version import __version__ as __version__
 
@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from okddip.api import compose as compose
+    from okddip.api import history as history
+    from okddip.api import runs as runs
+    from okddip.api import train as train
     from okddip.deployment.classifier import Classifier
+
+FROM_PYTHON = ("compose", "history", "runs", "train")  # of `okddip.api`, imported when they are used
 
 
 def load(folder: str | Path, trust: Sequence[str] = ()) -> Classifier:
@@ -26,3 +32,15 @@ def load(folder: str | Path, trust: Sequence[str] = ()) -> Classifier:
     from okddip.deployment.loading import load  # importing okddip must not import torch
 
     return load(folder, trust)
+
+
+def __getattr__(name: str) -> Any:
+    if name in FROM_PYTHON:
+        from okddip import api  # importing okddip must import neither torch nor pandas
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *FROM_PYTHON])

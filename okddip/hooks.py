@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from okddip import distributed
 from okddip.assembly import CONFIG_HOME
+from okddip.errors import ConfigError
 from okddip.sweeps.grid import GridSweeper
 
 MINIMUM_SPACE = 2**16  # bytes; more than Hydra writes before a run begins
@@ -40,7 +41,7 @@ class CheckOutputFolder(Callback):
         if distributed.rank() > 0:
             disable_output(config)
         else:
-            self.check("hydra.run.dir", config)
+            exit_if_refused("hydra.run.dir", config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if distributed.world_size() > 1:
@@ -50,28 +51,39 @@ class CheckOutputFolder(Callback):
                 file=sys.stderr,
             )
             raise SystemExit(1)
-        self.check("hydra.sweep.dir", config)
+        exit_if_refused("hydra.sweep.dir", config)
 
-    def check(self, key: str, config: DictConfig) -> None:
-        HydraConfig.instance().set_config(config)  # for ${hydra:...} in the folder's name
-        try:
-            folder = OmegaConf.select(config, key)
-        except OmegaConfBaseException as error:
-            print(f"{key}: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(bytes(MINIMUM_SPACE))
-                file.flush()
-                os.fsync(file.fileno())  # some file systems report only now that they are full
-        except OSError as error:
-            reason = error.strerror or str(error)
-            print(
-                f"{key}={folder}: the output folder cannot be written ({reason}). Name another one.",
-                file=sys.stderr,
-            )
-            raise SystemExit(1) from None
+
+def exit_if_refused(key: str, config: DictConfig) -> None:
+    try:
+        check_output_folder(key, config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def check_output_folder(key: str, config: DictConfig) -> None:
+    """Make the output folder that a key of Hydra's names, and see that files can be written there.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    HydraConfig.instance().set_config(config)  # for ${hydra:...} in the folder's name
+    try:
+        folder = OmegaConf.select(config, key)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: {error}") from None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(MINIMUM_SPACE))
+            file.flush()
+            os.fsync(file.fileno())  # some file systems report only now that they are full
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"{key}={folder}: the output folder cannot be written ({reason}). Name another one."
+        ) from None
 
 
 def disable_output(config: DictConfig) -> None:

@@ -65,8 +65,11 @@ class StopHandler:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[None]:
+def stop_on_signals(*, keyboard_interrupt: bool = False) -> Iterator[None]:
     """Let signals raise SystemExit, with the exit code that shells give to signals.
+
+    With `keyboard_interrupt` Ctrl-C raises KeyboardInterrupt as elsewhere in Python: it ends the run, and a
+    notebook or a script around it goes on.
 
     No `except Exception` on the way holds that up. Where a launcher has a handler of its own (submitit's
     requeues the job), that one decides how the process ends. An exception that follows a request to stop is
@@ -80,7 +83,7 @@ def stop_on_signals() -> Iterator[None]:
         if not isinstance(handler, StopHandler) and handler not in (signal.SIG_IGN, None)
     }
     for number, handler in replaced.items():
-        by_launcher = callable(handler) and handler is not signal.default_int_handler
+        by_launcher = callable(handler) and (keyboard_interrupt or handler is not signal.default_int_handler)
         signal.signal(number, StopHandler(handler if by_launcher else None))  # type: ignore[arg-type]
     try:
         yield

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from okddip.distributed import hide_progress_bar
 from okddip.errors import ConfigError
 from okddip.text import composed, for_terminal
 
@@ -274,10 +275,11 @@ def decode(files: Sequence[str], size: tuple[int, int] | None, channels: int, de
     # threads were measured to take twice as long as one
     with Image.open(files[0]) as image:
         threads = 1 if image.width * image.height < SMALL else min(16, os.cpu_count() or 1)
-    if not sys.stderr.isatty():
+    hidden = hide_progress_bar()
+    if hidden:
         print(f"{description}: {len(files):,} images", file=sys.stderr)
     with (
-        tqdm(total=len(files), desc=description, unit=" images", disable=not sys.stderr.isatty()) as bar,
+        tqdm(total=len(files), desc=description, unit=" images", disable=hidden) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
         try:

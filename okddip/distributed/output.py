@@ -87,6 +87,13 @@ def log_warnings_of_all_ranks() -> None:
     _collector.messages.clear()
 
 
-def hide_progress_bar() -> bool | None:
-    """tqdm's `disable`: a bar on rank 0 alone, and there in a terminal alone (None)."""
-    return True if rank() > 0 else None
+def hide_progress_bar() -> bool:
+    """tqdm's `disable`: a bar on rank 0 alone, and there in a terminal or a notebook alone."""
+    return rank() > 0 or not (sys.stderr.isatty() or in_notebook())
+
+
+def in_notebook() -> bool:
+    """Whether this is the kernel of a notebook, whose output shows bars and is no terminal."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and "IPKernelApp" in shell.config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from okddip import invocation
 from okddip.errors import ConfigError, check_number
 from okddip.files import copy, link, sync_folder, writing
 from okddip.run.folder import Run, RunFolder, restarted_jobs
@@ -282,5 +282,7 @@ def resume_hint(reference: str = "auto") -> str:
     Args:
         reference: for `trainer.resume`.
     """
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("trainer.resume=")]
+    arguments = [
+        argument for argument in invocation.arguments() if not argument.startswith("trainer.resume=")
+    ]
     return f"Resume with: {for_shell(['okddip', *arguments, f'trainer.resume={reference}'])}"

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from okddip import invocation
 from okddip.run.identity import (
     FOLDER_DATASETS,
     IGNORED_DATASET_SETTINGS,
@@ -78,7 +77,7 @@ def open_parent_run(sweep: Sweep, config: DictConfig) -> None:
             config_yaml=OmegaConf.to_yaml(
                 OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             ),
-            command=shlex.join(["okddip", *sys.argv[1:]]),
+            command=invocation.command(),
             run_id=before,
         )
         unnamed = [key for key in swept if key not in keys_in_name(config)]

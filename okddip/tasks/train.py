@@ -1,8 +1,6 @@
 """The task `train`: a run from its first epoch to its last, or from where it was interrupted."""
 
 import logging
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from okddip import distributed
+from okddip import distributed, invocation
 from okddip.data.dataset import Dataset
 from okddip.data.weaknesses import weaknesses
 from okddip.methods.base import Method
@@ -46,6 +44,17 @@ def train(
     Returns:
         Top-1 of the primary predictor after the last epoch, in percent.
     """
+    _, history = train_run(config, build, teacher_folder)
+    return history["last"]["test/top1"]
+
+
+def train_run(
+    config: DictConfig, build: Callable[[DictConfig], Parts], teacher_folder: Path | None = None
+) -> tuple[Run, dict[str, dict[str, float]]]:
+    """What `train` does; gives the run, and the metrics of its last epoch and of its best.
+
+    A run that is resumed has another folder than the one that Hydra made for it.
+    """
     versions = {"okddip": __version__, "torch": torch.__version__}
     distributed.check_ranks_agree(versions | identifying_settings(config))
     folder = teacher_folder or Path(HydraConfig.get().runtime.output_dir)
@@ -68,7 +77,7 @@ def train(
             history = fit(config, parts, run, digests)
             log_results(parts, run, history)
     log_table(history, parts.method)
-    return history["last"]["test/top1"]
+    return run, history
 
 
 @contextmanager
@@ -113,7 +122,7 @@ def start_tracking(
             **(teacher_tags() if is_teacher else job_tags()),
         },
         config_yaml=OmegaConf.to_yaml(config),
-        command=shlex.join(["okddip", *sys.argv[1:]]),
+        command=invocation.command(),
         run_id=run.tracking_id,
         store=run.store,
         anew=config.trainer.resume == "auto",  # another store than that of a named run may be a mistake

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +10,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from okddip import distributed
+from okddip import distributed, invocation
 from okddip.data.options import check_options
 from okddip.errors import ConfigError, check_choice, check_number
 from okddip.files import write_text
@@ -62,7 +60,7 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
                 "device": str(parts.trainer.device),
             },
             config_yaml=OmegaConf.to_yaml(config),
-            command=shlex.join(["okddip", *sys.argv[1:]]),
+            command=invocation.command(),
         )
         alone = distributed.world_size() == 1
         report = describe(config, parts) | shape._asdict()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from okddip import distributed
 from okddip.training.precision import PRECISIONS, is_native

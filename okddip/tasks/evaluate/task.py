@@ -2,8 +2,6 @@
 
 import json
 import logging
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from okddip import invocation
 from okddip.data.weaknesses import weaknesses
 from okddip.deployment.predictors import default_predictor
 from okddip.errors import ConfigError
@@ -81,7 +80,7 @@ def evaluate(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float:
                 **options,
             },
             config_yaml=OmegaConf.to_yaml(settings),
-            command=shlex.join(["okddip", *sys.argv[1:]]),
+            command=invocation.command(),
         )
         results, confusion = measure(parts, state["epoch"])
         shown = default_predictor(parts.method, state["history"])

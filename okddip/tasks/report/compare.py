@@ -98,6 +98,7 @@ def compare(chosen: Sequence["Run"]) -> list[Comparison]:
 def compare_dataset(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     """Group runs on one data set, oldest first, by whatever varies among them."""
     by_run = runs.settings_with_teachers(chosen)
+    results = runs.table(chosen)
     settings = pd.DataFrame(by_run).fillna("")
     columns = varying_settings(settings)
     displayed = settings[list(columns)].rename(columns=columns)
@@ -121,7 +122,10 @@ def compare_dataset(dataset: str, chosen: Sequence["Run"]) -> Comparison:
         by_seed = {int(runs.seed(chosen[row])): chosen[row] for row in rows.index}  # the newest of each
         newest = [by_seed[seed] for seed in sorted(by_seed)]
         scores = pd.DataFrame(
-            {name: [run.data.metrics[metric] for run in newest] for name, metric in SCORES.items()},
+            {
+                name: results.loc[[run.info.run_id for run in newest], metric].to_numpy()
+                for name, metric in SCORES.items()
+            },
             index=sorted(by_seed),
         )
         own = by_run[rows.index[0]]

@@ -68,8 +68,7 @@ def write_figures(client: "MlflowClient", comparisons: Sequence[Comparison], fol
 
     @cache
     def history(run_id: str, metric: str) -> pd.Series:
-        points = client.get_metric_history(run_id, metric)
-        return pd.Series({point.step + 1: point.value for point in points}, dtype=float).sort_index()
+        return runs.metric_history(client, run_id, metric).rename(lambda epoch: epoch + 1)
 
     def of_run(run: "Run", metric: str) -> pd.Series:
         return history(run.info.run_id, metric)

@@ -3,7 +3,7 @@
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -172,8 +172,8 @@ def parse_configuration(text: str, source: str) -> dict[str, Any]:
     return wanted
 
 
-def find_overrides(wanted: Mapping[str, Any]) -> list[str]:
-    """Overrides of the default configuration that compose to `wanted`, apart from `SWITCHES`.
+def find_overrides(wanted: Mapping[str, Any], ignored: Collection[str] = SWITCHES) -> list[str]:
+    """Overrides of the default configuration that compose to `wanted`, apart from the keys in `ignored`.
 
     Raises:
         ConfigError: there are none.
@@ -185,14 +185,28 @@ def find_overrides(wanted: Mapping[str, Any]) -> list[str]:
     ]
     for group in UNNAMED_GROUPS:
         chosen += option_with_target(group, wanted, chosen)
+    return complete_overrides(wanted, chosen, ignored)
+
+
+def complete_overrides(
+    wanted: Mapping[str, Any], given: Sequence[str], ignored: Collection[str] = ()
+) -> list[str]:
+    """The overrides `given`, and one for each value in which they do not compose to `wanted`.
+
+    Raises:
+        ConfigError: there is none for a value.
+    """
+    chosen = list(given)
     while True:
-        different = sorted(differences(wanted, compose_resolved(chosen)), key=depth)
+        found = differences(wanted, compose_resolved(chosen))
+        different = sorted((each for each in found if each[0] not in ignored), key=depth)
         if not different:
             return chosen
         key, sign, value = different[0]
         override = f"~{key}" if value is ABSENT else f"{sign}{key}={as_override(value)}"
         if override in chosen:
             raise ConfigError(f"{key}={value}: no override composes to this value of the run.")
+        chosen = [each for each in chosen if not each.startswith(f"{key}=")]  # the later one would win
         chosen.append(override)
 
 
@@ -234,7 +248,7 @@ def differences(wanted: Any, found: Any, key: str = "") -> Iterator[tuple[str, s
         for name in dict.fromkeys([*wanted, *theirs]):
             inner = f"{key}.{name}" if key else str(name)
             yield from differences(wanted.get(name, ABSENT), theirs.get(name, ABSENT), inner)
-    elif key not in SWITCHES and not (wanted == found and type(wanted) is type(found)):
+    elif not (wanted == found and type(wanted) is type(found)):
         yield key, "+" if found is ABSENT else "", wanted
 
 

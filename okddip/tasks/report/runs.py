@@ -4,9 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import pandas as pd
+
 from okddip.errors import ConfigError
 from okddip.run.identity import FOLDER_DATASETS, IGNORED_DATASET_SETTINGS, IGNORED_SETTINGS
 from okddip.sweeps.outcomes import finished_before
+from okddip.text import NUMBER, for_terminal
 from okddip.tracking.params import digests_of, params_of
 
 if TYPE_CHECKING:
@@ -17,21 +20,51 @@ PAGE_SIZE = 1000  # runs that the store sends at once
 REQUIRED_PARAMS = {"method", "seed", "trainer.epochs"}  # params of a training run
 TEACHER = "method.teacher"  # the param: where it is
 LENGTHS = "lengths"  # tag of a run that an older version lengthened against its schedule
+CONSTANTS = {"null": None, "true": True, "false": False}  # as params have them
 OTHER_KINDS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
 
 
 def find_runs(
     client: "MlflowClient", uri: str, experiment: str, sweep: str | None = None, where: str | None = None
 ) -> list["Run"]:
+    """`search`, where at least one finished training run is wanted.
+
+    Raises:
+        ConfigError: `search` refuses it, or no finished training run matches; says what was searched.
+    """
+    found, searched, total = search(client, uri, experiment, sweep, where, "report.")
+    chosen, left_out = finished_runs(found)
+    if not chosen:
+        raise ConfigError(
+            f"No finished run to report on. Searched {searched}: {len(found)} of the experiment's"
+            f" {total} runs match. {left_out}".rstrip()
+        )
+    return found
+
+
+def search(
+    client: "MlflowClient",
+    uri: str,
+    experiment: str,
+    sweep: str | None = None,
+    where: str | None = None,
+    prefix: str = "",
+) -> tuple[list["Run"], str, int]:
     """Runs of an experiment, or of a sweep in it, that match a filter.
 
     Args:
+        client: of the store.
+        uri: of the store, for messages.
+        experiment: its name.
         sweep: the name of a sweep or the ID of its parent run.
         where: in MLflow's filter language.
+        prefix: of `sweep` and `where` in messages.
+
+    Returns:
+        The runs, what was searched in words, and how many runs the experiment has.
 
     Raises:
-        ConfigError: there is no such experiment, the filter is not understood, or no finished training run
-            matches; says what was searched.
+        ConfigError: there is no such experiment, or the filter is not understood.
     """
     searched = f"tracking.uri={uri}, tracking.experiment={experiment}"
     known = client.get_experiment_by_name(experiment)
@@ -39,11 +72,11 @@ def find_runs(
         names = ", ".join(sorted(each.name for each in client.search_experiments()))
         raise ConfigError(f"{searched}: there is no such experiment. There are {names}.")
     everything = search_runs(client, known.experiment_id)
-    found = filter_runs(client, known.experiment_id, everything, where) if where else everything
+    found = filter_runs(client, known.experiment_id, everything, where, prefix) if where else everything
     if where:
-        searched += f', report.where="{where}"'
+        searched += f', {prefix}where="{where}"'
     if sweep:
-        searched += f", report.sweep={sweep}"
+        searched += f", {prefix}sweep={sweep}"
         parents = [
             run
             for run in everything
@@ -55,23 +88,17 @@ def find_runs(
             for run in found
             if sweep in (tag(run, "sweep"), tag(run, "mlflow.parentRunId")) or run.info.run_id in before
         ]
-    chosen, left_out = finished_runs(found)
-    if not chosen:
-        raise ConfigError(
-            f"No finished run to report on. Searched {searched}: {len(found)} of the experiment's"
-            f" {len(everything)} runs match. {left_out}".rstrip()
-        )
-    return found
+    return found, searched, len(everything)
 
 
 def filter_runs(
-    client: "MlflowClient", experiment_id: str, everything: Sequence["Run"], where: str
+    client: "MlflowClient", experiment_id: str, everything: Sequence["Run"], where: str, prefix: str = ""
 ) -> list["Run"]:
     """The runs whose params of now match a filter; MLflow itself knows those that a run began with."""
     from mlflow.entities import Metric, Param, Run, RunData, RunTag
     from mlflow.utils.search_utils import SearchUtils
 
-    matches = {run.info.run_id for run in search_runs(client, experiment_id, where)}
+    matches = {run.info.run_id for run in search_runs(client, experiment_id, where, prefix)}
     for run in everything:
         now = params_of(run)
         if now == run.data.params:
@@ -88,7 +115,7 @@ def filter_runs(
     return [run for run in everything if run.info.run_id in matches]
 
 
-def search_runs(client: "MlflowClient", experiment_id: str, where: str = "") -> list["Run"]:
+def search_runs(client: "MlflowClient", experiment_id: str, where: str = "", prefix: str = "") -> list["Run"]:
     """All runs that match a filter.
 
     Raises:
@@ -105,7 +132,7 @@ def search_runs(client: "MlflowClient", experiment_id: str, where: str = "") -> 
             if not where or error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             raise ConfigError(
-                f"report.where={where}: {error.message} Names that hold a dot or a slash stand in backticks:"
+                f"{prefix}where={where}: {error.message} Names that hold a dot or a slash stand in backticks:"
                 " params.`method.peers` = '4', metrics.`final/top1` > 90, tags.method = 'okddip'."
             ) from None
         found += page
@@ -114,13 +141,18 @@ def search_runs(client: "MlflowClient", experiment_id: str, where: str = "") -> 
             return found
 
 
-def finished_runs(found: Sequence["Run"]) -> tuple[list["Run"], str]:
-    """The finished training runs among `found`, oldest first, and sentences on those left out."""
-    training = [
+def training_runs(found: Sequence["Run"]) -> list["Run"]:
+    """The training runs among `found`, which may hold parents of sweeps, evaluations and others' runs."""
+    return [
         run
         for run in found
         if run.data.params.keys() >= REQUIRED_PARAMS and not OTHER_KINDS & run.data.tags.keys()
     ]
+
+
+def finished_runs(found: Sequence["Run"]) -> tuple[list["Run"], str]:
+    """The finished training runs among `found`, oldest first, and sentences on those left out."""
+    training = training_runs(found)
     finished = [
         run
         for run in training
@@ -138,6 +170,42 @@ def finished_runs(found: Sequence["Run"]) -> tuple[list["Run"], str]:
         )
     compared = [run for run in finished if not tag(run, LENGTHS)]
     return sorted(compared, key=lambda run: run.info.start_time), " ".join(sentences)
+
+
+def table(chosen: Sequence["Run"]) -> pd.DataFrame:
+    """A row for each run, by its ID: its name, how it stands, its settings and the last value of each metric.
+
+    Settings are those of the last time that the run was resumed, named as in MLflow; numbers are numbers.
+    """
+    rows = [
+        {
+            "name": for_terminal(run.info.run_name or ""),
+            "status": run.info.status,
+            "start": pd.to_datetime(run.info.start_time, unit="ms", utc=True),
+            "sweep": for_terminal(tag(run, "sweep") or ""),
+            "folder": for_terminal(tag(run, "folder") or ""),
+            **{key: as_value(text) for key, text in params_of(run).items()},
+            **run.data.metrics,
+        }
+        for run in chosen
+    ]
+    return pd.DataFrame(rows, index=pd.Index([run.info.run_id for run in chosen], name="run_id"))
+
+
+def as_value(text: str) -> object:
+    """The value that a param stands for; lists and mappings stay text."""
+    if text in CONSTANTS:
+        return CONSTANTS[text]
+    if NUMBER.fullmatch(text):
+        return float(text) if set(text) & set(".eE") else int(text)
+    return for_terminal(text)
+
+
+def metric_history(client: "MlflowClient", run_id: str, metric: str) -> pd.Series:
+    """All values of a metric of a run, by epoch from 0 on, as MLflow has them."""
+    points = client.get_metric_history(run_id, metric)
+    values = {point.step: point.value for point in points}
+    return pd.Series(values, name=metric, dtype=float).rename_axis("epoch").sort_index()
 
 
 def settings(run: "Run") -> dict[str, str]:

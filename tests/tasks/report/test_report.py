@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from mlflow.tracking import MlflowClient
 from report_store import EPOCHS, add_runs
 
+import okddip
+from okddip.errors import ConfigError
 from okddip.tasks.report import figures, make, runs, tables
 from okddip.tasks.report.compare import compare
 from okddip.tracking.store import open_store
@@ -72,6 +74,23 @@ def drawn(uri: str) -> Iterator[dict[str, Figure]]:
 
     with matplotlib.rc_context():
         yield figures.draw(cifar10, "resnet32", history)
+
+
+def test_runs_in_python_are_rows_with_settings_and_metrics_as_numbers(uri: str) -> None:
+    everything = okddip.runs(uri=uri, experiment="compare")
+    assert everything["status"].value_counts().to_dict() == {"FINISHED": 13, "FAILED": 1, "RUNNING": 1}
+    night = okddip.runs("night", "tags.method = 'okddip'", uri=uri, experiment="compare")
+    assert set(night["sweep"]) == {"night"}
+    means = night.groupby("method.peers")["final/top1"].mean()
+    assert means.round(2).to_dict() == {3: 93.43, 4: 94.33}
+    row = everything[everything["dataset"] == "digits"].iloc[0]
+    assert (row["seed"], row["method.peers"], row["trainer.channels_last"]) == (0, 1, True)
+    assert (row["final/top1"], row["best/top1"]) == (97, 97.5)
+    by_epoch = okddip.history(str(row.name), "test/top1", uri=uri)
+    assert list(by_epoch.index) == list(range(EPOCHS))
+    assert by_epoch.iloc[-1] == 97
+    with pytest.raises(ConfigError, match=r"There is no training run in .*, sweep=day"):
+        okddip.runs("day", uri=uri, experiment="compare")
 
 
 def test_a_row_a_group_with_mean_deviation_and_interval(folder: Path) -> None:
