@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from okddip.data.augment import Normalization, normalization
-from okddip.data.folder import convert, read_image, scale_and_crop
+from okddip.data.images import convert, read_image, scale_and_crop
 
 # a file, an image, several of them, or uint8 pixels [N, H, W, C]
 Images = str | Path | Image.Image | Sequence[str | Path | Image.Image] | np.ndarray | Tensor
