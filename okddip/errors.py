@@ -1,13 +1,14 @@
 """Errors a user can cause. Hydra prints them without a stack of frames and exits with code 1."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from hydra.errors import CompactHydraException
 
 from okddip.text import for_terminal
 
+MOST_NAMED = 20  # of several things that are wrong, how many a message names
 LARGEST = 2**63 - 1  # whole number that PyTorch, MLflow and NumPy take
 
 
@@ -24,6 +25,25 @@ class ConfigError(CompactHydraException, ValueError):
 
 class Incompatible(ConfigError):
     """Settings each of which is fine, and which make no sense together: a sweep passes over them."""
+
+
+def raise_problems(where: str, problems: Sequence[str]) -> None:
+    """Refuse what is wrong, all at once: one start is enough to learn of everything that has to be mended.
+
+    Args:
+        where: what the problems have in common.
+        problems: a sentence for each, which is the message where there is only one.
+
+    Raises:
+        ConfigError: there are any; names the first `MOST_NAMED`, and says how many there are.
+    """
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        rest = f", of which the first {MOST_NAMED} are" if len(problems) > MOST_NAMED else ""
+        raise ConfigError(
+            "\n".join([f"{where}: {len(problems):,} things are wrong{rest}:", *problems[:MOST_NAMED]])
+        )
 
 
 def check_number(

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from okddip.data.folder import check_memory, decode_cached, scan
+from okddip.data.decoding import check_memory, decode_cached
+from okddip.data.folder import scan
 from okddip.data.options import image_shape
 from okddip.data.stratify import stratified_order
 from okddip.errors import ConfigError
@@ -155,7 +156,7 @@ def image_folder(
         channels: 3 for RGB, 1 for grey.
 
     Raises:
-        ConfigError: see `okddip.data.folder`.
+        ConfigError: see `okddip.data.folder` and `okddip.data.decoding`.
     """
     folder = Path(root).expanduser()
     listing = scan(folder, ("train", "test"))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from okddip.errors import ConfigError
+from okddip.errors import ConfigError, raise_problems
 from okddip.text import for_terminal
 
 
@@ -59,9 +59,13 @@ def hold_out(
         ("training", train, f"dataset.train_size={train_size}, dataset.validation={validation}"),
     ):
         absent = set(range(len(classes))) - set(np.unique(labels[indices]).tolist())
-        if absent and (part == "training" or validation > 0):
-            raise ConfigError(
-                f"{key}: class '{for_terminal(classes[min(absent)])}' would have no {part} image "
-                f"(it has {int((labels == min(absent)).sum())} in all); give a larger value."
+        if part == "training" or validation > 0:
+            raise_problems(
+                key,
+                [
+                    f"{key}: class '{for_terminal(classes[label])}' would have no {part} image "
+                    f"(it has {int((labels == label).sum())} in all); give a larger value."
+                    for label in sorted(absent)
+                ],
             )
     return train, val

@@ -22,11 +22,12 @@ from torchvision.transforms import v2
 
 from okddip import distributed
 from okddip.data.augment import Normalization, normalization, normalize
-from okddip.data.folder import read_image, scale_and_crop, scan
+from okddip.data.folder import scan
+from okddip.data.images import read_image, scale_and_crop
 from okddip.data.loader import ALL, Batches, Share, batch_seed, seed_of
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
-from okddip.errors import ConfigError, check_choice
+from okddip.errors import ConfigError, check_choice, raise_problems
 from okddip.signals import ignore_signals_in_worker, stops_deferred
 from okddip.text import for_terminal
 
@@ -254,9 +255,10 @@ class StreamingLoader:
         with closing(self._decoded(loader)) as decoded:
             for images, labels, errors in decoded:
                 if errors and self.bad_images == "refuse":
-                    raise ConfigError(
-                        f"{errors[0]} Or leave out what cannot be read: dataset.bad_images=skip."
+                    hint = (
+                        "Or leave out what cannot be read, and have all of it named: dataset.bad_images=skip."
                     )
+                    raise_problems("dataset.bad_images=refuse", [f"{errors[0]} {hint}", *errors[1:]])
                 for error in errors:
                     self.skipped += 1
                     log.warning("Skipped (%d so far): %s", self.skipped, error)

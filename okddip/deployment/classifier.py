@@ -46,12 +46,14 @@ class Classifier(nn.Module):
         """The probabilities of the classes, float32 [N, K], on the CPU.
 
         Args:
-            images: a file or a PIL image or a list of them, of any size, turned upright and scaled as in
-                training; or an array or tensor uint8 [N, H, W, C], taken as it is.
+            images: a path, the bytes of an image file, a file open in binary mode or a PIL image, or a list
+                of them, of any size, turned upright and scaled as in training; or pixels that are taken as
+                they are: an array or tensor uint8 [N, H, W, C], or a list with one [H, W, C] for each image.
 
         Raises:
             ConfigError: a file is not an image.
             ValueError: an array of another type or shape.
+            TypeError: something else; says what is accepted.
         """
         batches = self.preprocessing.pixels(images).split(BATCH_SIZE)
         return torch.cat([self(pixels.to(self.scale.device)).cpu() for pixels in batches])

@@ -1,10 +1,11 @@
 """Preprocessing: how images of any kind become the pixels that a network takes."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -12,10 +13,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from okddip.data.augment import Normalization, normalization
-from okddip.data.folder import convert, read_image, scale_and_crop
+from okddip.data.images import convert, read_image, scale_and_crop
 
-# a file, an image, several of them, or uint8 pixels [N, H, W, C]
-Images = str | Path | Image.Image | Sequence[str | Path | Image.Image] | np.ndarray | Tensor
+OneImage = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray | Tensor
+Images = OneImage | Iterable[OneImage]
+ACCEPTED = (
+    "a path, the bytes of an image file, a file open in binary mode (or io.BytesIO) or a PIL image; a list of"
+    " these, or of uint8 arrays or tensors [H, W, C]; or one uint8 array or tensor [N, H, W, C]"
+)
 
 
 @dataclass(frozen=True)
@@ -71,31 +76,64 @@ class Preprocessing:
         Raises:
             ConfigError: a file is not an image.
             ValueError: an array of another type or shape.
+            TypeError: none of `ACCEPTED`.
         """
         if isinstance(images, np.ndarray | Tensor):
-            shape = (*self.image_size, self.channels)
-            type_name = str(images.dtype).removeprefix("torch.")
-            if type_name != "uint8" or images.ndim != 4 or tuple(images.shape[1:]) != shape:
-                raise ValueError(
-                    f"images must be uint8 [N, {', '.join(map(str, shape))}], not {type_name}"
-                    f" {list(images.shape)}; files and PIL images of any size are scaled."
-                )
-            return torch.tensor(images) if isinstance(images, np.ndarray) else images
-        several = [images] if isinstance(images, str | Path | Image.Image) else list(images)
-        if not several:
+            return self._checked(images, "images", "N, ")
+        if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image) or hasattr(
+            images, "read"
+        ):
+            images = [cast(OneImage, images)]
+        if not isinstance(images, Iterable):
+            raise TypeError(f"images must be {ACCEPTED}; not {type(images).__name__}.")
+        pixels = [self._pixels_of_one(image, f"image {number}") for number, image in enumerate(images)]
+        if not pixels:
             return torch.empty(0, *self.image_size, self.channels, dtype=torch.uint8)
-        return torch.stack([self._pixels_of_one(image) for image in several])
+        return torch.stack(pixels)
 
-    def _pixels_of_one(self, image: str | Path | Image.Image) -> Tensor:
-        """[H, W, C], scaled as the data sets scale."""
-        upright = (
-            convert(image, self.channels)
-            if isinstance(image, Image.Image)
-            else read_image(str(image), self.channels)
-        )
+    def _checked(self, pixels: np.ndarray | Tensor, name: str, batch: str = "") -> Tensor:
+        """Arrays are taken as they are: of the type and size that the network takes."""
+        shape = (*self.image_size, self.channels)
+        type_name = str(pixels.dtype).removeprefix("torch.")
+        dimensions = len(shape) + bool(batch)
+        if type_name != "uint8" or pixels.ndim != dimensions or tuple(pixels.shape[-3:]) != shape:
+            raise ValueError(
+                f"{name} must be uint8 [{batch}{', '.join(map(str, shape))}], not {type_name}"
+                f" {list(pixels.shape)}; files and PIL images of any size are scaled."
+            )
+        return torch.tensor(pixels) if isinstance(pixels, np.ndarray) else pixels
+
+    def _pixels_of_one(self, image: OneImage, name: str) -> Tensor:
+        """[H, W, C]; files and PIL images are scaled as the data sets scale."""
+        if isinstance(image, np.ndarray | Tensor):
+            return self._checked(image, name).cpu()
+        if isinstance(image, Image.Image):
+            upright = convert(image, self.channels)
+        elif isinstance(image, str | os.PathLike):
+            upright = read_image(os.fsdecode(image), self.channels)
+        else:
+            upright = read_image(content(image, name), self.channels, getattr(image, "name", name))
         height, width = self.image_size
         if self.resize is not None:
             upright = scale_and_crop(upright, self.resize, self.image_size)
         elif upright.size != (width, height):
             upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(upright).reshape(height, width, self.channels))
+
+
+def content(image: object, name: str) -> bytes:
+    """What an image file contains that is given as bytes or open, which is read from its beginning.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if not hasattr(image, "read"):
+        raise TypeError(f"{name} is of type {type(image).__name__}; images must be {ACCEPTED}.")
+    with suppress(AttributeError, OSError):  # an answer of a web server has no beginning to go back to
+        image.seek(0)  # type: ignore[attr-defined]
+    found = image.read()
+    if not isinstance(found, bytes):
+        raise TypeError(f"{name} is a file that is open as text; open it in binary mode: open(path, 'rb').")
+    return found

@@ -78,6 +78,7 @@ def create_store(url: "URL") -> None:
     new = file.with_name(file.name + NEW)
     remove(new)  # of a process that was killed
     try:
+        new.touch()  # with what the umask allows: SQLite itself would let nobody else write
         # an engine of its own: MLflow keeps those that it makes itself, with their files open
         _initialize_tables(create_engine(url.set(database=str(new)), poolclass=NullPool))
         raise_if_stopping()

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from okddip.data import folder
-from okddip.data.folder import read_image, scale_and_crop, scan
+from okddip.data import decoding
+from okddip.data.folder import scan
+from okddip.data.images import read_image, scale_and_crop
 from okddip.data.sources import Source, image_folder
 from okddip.errors import ConfigError
 from okddip.signals import stop_on_signals
@@ -51,7 +52,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         paths.append(path)
         return read_image(path, channels)
 
-    monkeypatch.setattr(folder, "read_image", spy)
+    monkeypatch.setattr(decoding, "read_image", spy)
     return paths
 
 
@@ -332,7 +333,7 @@ def test_a_signal_breaks_decoding_off_at_the_next_image(root: Path, monkeypatch:
     """A thread has many files to decode, which takes minutes where they are large photos."""
     for number in range(100):
         picture(seed=number).save(root / "train" / "cat" / f"more{number}.png")
-    read = folder.read_image
+    read = decoding.read_image
     paths: list[str] = []
 
     def interrupted(path: str, channels: int) -> Image.Image:
@@ -342,7 +343,7 @@ def test_a_signal_breaks_decoding_off_at_the_next_image(root: Path, monkeypatch:
         time.sleep(0.01)
         return read(path, channels)
 
-    monkeypatch.setattr(folder, "read_image", interrupted)
+    monkeypatch.setattr(decoding, "read_image", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -526,6 +527,50 @@ def test_more_images_than_memory_are_refused_before_they_are_decoded(
     monkeypatch.setattr(os, "sysconf", lambda name: 10)
     with pytest.raises(ConfigError, match="GiB of memory, this machine has 0"):
         load(root)
+
+
+def test_all_that_is_wrong_among_the_folders_is_said_at_once(root: Path) -> None:
+    picture().save(root / "train" / "stray.png")
+    (root / "train" / "cat" / "more").mkdir()
+    (root / "test" / "emu").mkdir()
+    (root / "test" / "dog" / "gone.png").symlink_to(root / "gone.png")
+    with pytest.raises(ConfigError) as refusal:
+        scan(root, ("train", "test"))
+    message = str(refusal.value)
+    assert message.startswith(f"dataset.root={root}: 5 things are wrong:\n")
+    for said in (
+        *("train/stray.png: is not a folder", "train/cat/more: is not a file", "test/emu: is empty"),
+        *("class 'emu' has no folder in", "test/dog/gone.png: cannot be read (No such file"),
+    ):
+        assert message.count(said) == 1
+
+
+def test_of_many_things_that_are_wrong_the_first_are_named_and_all_are_counted(root: Path) -> None:
+    for number in range(1, 31):
+        (root / "train" / f"class {number:02}").mkdir()
+    with pytest.raises(ConfigError) as refusal:
+        scan(root, ("train", "test"))
+    first, *named = str(refusal.value).splitlines()
+    assert first == f"dataset.root={root}: 60 things are wrong, of which the first 20 are:"
+    assert len(named) == 20
+
+
+def test_what_systems_and_archives_leave_is_ignored_and_counted(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = scan(root, ("train", "test"))
+    caplog.set_level("INFO")
+    for place in ("train", "test", "train/cat", "test/dog"):
+        (root / place / "__MACOSX").mkdir()
+        for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._0.png", "Icon\r"):
+            (root / place / name).write_text("no image")
+    after = scan(root, ("train", "test"))
+    assert after.classes == before.classes
+    assert after.files == before.files
+    assert after.fingerprint == before.fingerprint
+    [line] = caplog.messages
+    assert line.startswith(f"{root}: ignored 24 hidden files and folders")
+    assert line.endswith("(.DS_Store, ._0.png, Icon\\r, Thumbs.db, __MACOSX).")
 
 
 def test_an_unreadable_folder_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

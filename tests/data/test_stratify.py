@@ -67,3 +67,11 @@ def test_a_class_with_one_image_cannot_be_validated_on() -> None:
     assert len(train) == 21
     with pytest.raises(ConfigError, match="class 'one' would have no validation image"):
         hold_out(labels, ("many", "one"), 0.1, None)
+
+
+def test_all_classes_that_a_part_would_lack_are_named_at_once() -> None:
+    labels = np.array([0] * 96 + [1, 1, 2, 2])
+    with pytest.raises(ConfigError, match="2 things are wrong") as refusal:
+        hold_out(labels, ["cat", "dog", "emu"], 0.02, None)
+    assert "class 'dog' would have no validation image" in str(refusal.value)
+    assert "class 'emu' would have no validation image" in str(refusal.value)

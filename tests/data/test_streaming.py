@@ -122,6 +122,14 @@ def test_an_unreadable_image_ends_the_run_by_its_name(root: Path, workers: int) 
         collect(dataset.train_loader(4, CPU, seed=0))
 
 
+def test_all_unreadable_images_of_a_batch_are_named_at_once(root: Path) -> None:
+    for number in (0, 2):
+        (root / "val" / "n01440764" / f"{number}.JPEG").write_bytes(b"no image")
+    dataset = streamed(root, bad_images="refuse")
+    with pytest.raises(ConfigError, match=r"2 things are wrong:[^\n]*\n[^\n]*0\.JPEG[^\n]*\n[^\n]*2\.JPEG"):
+        collect(dataset.eval_loader("test", 6, CPU))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_is_skipped_and_counted(
     root: Path, workers: int, caplog: pytest.LogCaptureFixture

@@ -350,15 +350,34 @@ def test_files_pil_images_and_arrays_are_predicted_alike(tmp_path: Path) -> None
     assert probabilities.shape == (5, 10)
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(5))
     images = [Image.fromarray(image) for image in pixels]
-    for same in (torch.from_numpy(pixels), files, [str(file) for file in files], images):
+    contents = [file.read_bytes() for file in files]
+    written = [io.BytesIO() for _ in images]
+    for image, file in zip(images, written, strict=True):
+        image.save(file, "PNG")  # which leaves the file at its end
+    several = (files, [str(file) for file in files], images, contents, written, map(bytearray, contents))
+    arrays = (torch.from_numpy(pixels), list(pixels), list(torch.from_numpy(pixels)))
+    mixed = [pixels[0], files[1], contents[2], written[3], images[4]]
+    for same in (*several, *arrays, mixed):
         assert torch.equal(classifier.predict_proba(same), probabilities)
     expected = [f"class {i}" for i in probabilities.argmax(-1).tolist()]
     assert classifier.predict(pixels) == expected
-    for one in (files[0], str(files[0]), images[0]):
+    for one in (files[0], str(files[0]), images[0], contents[0], written[0], memoryview(contents[0])):
         assert classifier.predict(one) == expected[:1]
+    with files[0].open("rb") as opened:
+        assert classifier.predict(opened) == classifier.predict([opened]) == expected[:1]
+        assert not opened.closed
     for wrong in (pixels / 255, pixels[0], pixels[..., :1], pixels[:, :20]):
         with pytest.raises(ValueError, match=r"uint8 \[N, 24, 24, 3\]"):
             classifier.predict(wrong)
+    with pytest.raises(ValueError, match=r"image 1 must be uint8 \[24, 24, 3\], not uint8 \[20, 24, 3\]"):
+        classifier.predict([pixels[0], pixels[1, :20]])
+    with pytest.raises(ConfigError, match="image 1: is not an image"):
+        classifier.predict([contents[0], b"no image"])
+    for other in (None, 5, [None], [[0, 255]], {"image": 5}.items()):
+        with pytest.raises(TypeError, match=r"images must be a path, the bytes of .* \[N, H, W, C\]"):
+            classifier.predict(other)
+    with pytest.raises(TypeError, match="image 0 is a file that is open as text; open it in binary mode"):
+        classifier.predict(io.StringIO("text"))
 
 
 def test_images_are_scaled_as_the_data_sets_scale_them(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import mlflow
 import pytest
 from mlflow.store.db import utils
 from sqlalchemy import Engine, NullPool, create_engine, event
+from sqlalchemy.engine import make_url
 
 from okddip.errors import ConfigError
 from okddip.signals import stop_on_signals
@@ -89,6 +90,19 @@ def open_new_store(folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
     with stop_on_signals():
         MLflow(f"sqlite:///{folder}/mlflow.db", "first").open()
+
+
+def test_those_whom_the_umask_lets_can_write_to_a_new_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the tables themselves take seconds, and do not change who may write
+    monkeypatch.setattr(utils, "_initialize_tables", lambda engine: engine.connect().close())
+    before = os.umask(0o002)
+    try:
+        sqlite.create_store(make_url(f"sqlite:///{tmp_path}/mlflow.db"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "mlflow.db").stat().st_mode & 0o777 == 0o664
 
 
 @pytest.mark.parametrize(
