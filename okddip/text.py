@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 
@@ -107,6 +107,12 @@ def in_bytes(char: str) -> str:
 def composed(names: Iterable[str]) -> list[str]:
     """Names in Unicode's composed form (NFC), so that equal ones compare equal."""
     return [unicodedata.normalize("NFC", name) for name in names]
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """The first names in quotes and how many more there are: `'cat', 'dog' and 8 more`."""
+    shown = ", ".join(f"'{for_terminal(name)}'" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
 def okddip_command(typed: str) -> list[str] | None:

@@ -233,7 +233,7 @@ def test_an_epoch_that_ruins_the_weights_leaves_no_checkpoint_without_an_evaluat
 
 
 @pytest.mark.parametrize(
-    ("other", "words"), [("pixels", "train, test differ"), ("classes", "with classes cat, dog; here")]
+    ("other", "words"), [("pixels", "train, test differ"), ("classes", "with classes 'cat', 'dog'; here")]
 )
 def test_a_run_does_not_go_on_with_other_images(
     okddip: Okddip, tmp_path: Path, other: str, words: str
