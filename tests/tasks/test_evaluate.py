@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import Answer
 from matplotlib.figure import Figure
+from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -111,8 +112,11 @@ def test_a_teacher_that_the_program_chose_is_found_and_never_trained(okddip: Okd
     assert "method.teacher=auto: the store that tracking names has no finished run" in answer.err
 
 
-def test_a_run_of_mlflow_is_measured_into_a_run_of_mlflow(okddip: Okddip, tmp_path: Path) -> None:
+def test_a_run_of_mlflow_is_measured_into_a_run_of_mlflow(
+    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = train(okddip)
+    monkeypatch.delenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", raising=False)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("okddip").experiment_id
     [run] = client.search_runs([experiment])
@@ -121,6 +125,7 @@ def test_a_run_of_mlflow_is_measured_into_a_run_of_mlflow(okddip: Okddip, tmp_pa
     assert answer.code == 0, answer.err
     assert report()["checkpoint"] == reference
     assert f"checkpoint {reference}, epoch" in answer.out
+    assert not MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.get()
     assert "leader *" in answer.out
     assert "data set   digits, 359 test images" in answer.out
     [evaluation] = client.search_runs([experiment], "tags.kind = 'evaluation'")
