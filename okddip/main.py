@@ -66,10 +66,14 @@ def main(config: DictConfig) -> Any:
             return task(config)
 
 
-def build(config: DictConfig) -> Parts:
+def build(config: DictConfig, make_dataset: Callable[[DictConfig], Dataset] | None = None) -> Parts:
     """Instantiate what a configuration describes.
 
     What can be refused is refused before any data is read.
+
+    Args:
+        config: resolved.
+        make_dataset: from the node `dataset` to the data set, if not as it says.
 
     Raises:
         ConfigError: a value that is not allowed, with its key.
@@ -106,7 +110,7 @@ def build(config: DictConfig) -> Parts:
     teacher = open_teacher(config, partial(train, build=build)) if config.method.get("teacher") else None
 
     with distributed.local_rank_0_first():
-        dataset = make("dataset", config.dataset)
+        dataset = make("dataset", config.dataset) if make_dataset is None else make_dataset(config.dataset)
     check_image_size(config, probe, dataset)
     torch.manual_seed(seed_of(config.seed, 2))
     network = None if teacher is None else check_teacher(config, teacher, dataset)

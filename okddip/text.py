@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from typing import Any
@@ -128,6 +128,12 @@ def as_override(value: Any) -> str:
         return value
     # a backslash counts for two before a quote alone
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """The first names in quotes and how many more there are: `'cat', 'dog' and 8 more`."""
+    shown = ", ".join(f"'{for_terminal(name)}'" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
 def okddip_command(typed: str) -> list[str] | None:

@@ -24,6 +24,7 @@ from okddip.text import (
     for_markdown,
     for_shell,
     for_terminal,
+    listed,
     okddip_command,
 )
 
@@ -98,6 +99,11 @@ def test_the_description_of_a_sweep_has_no_links_or_tags(text: str) -> None:
     note = sweep_description({"dataset.root": text})
     assert for_markdown(text) in note
     assert text not in note
+
+
+def test_of_many_names_the_first_are_listed() -> None:
+    assert listed(["cat", "7", "\x1b[2J"]) == "'cat', '7', '\\x1b[2J'"
+    assert listed([str(number) for number in range(10_000)], 2) == "'0', '1' and 9,998 more"
 
 
 @pytest.mark.slow

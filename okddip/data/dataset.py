@@ -61,7 +61,7 @@ class Dataset:
         self.name = name
         self.root = None if root is None else Path(root).expanduser()
         self.classes = source.classes
-        height, width, self.channels = source.train.images.shape[1:]
+        height, width, self.channels = source.test.images.shape[1:]
         self.image_size = (height, width)
         if image_shape(image_size) not in (None, self.image_size):
             raise ConfigError(
@@ -73,12 +73,15 @@ class Dataset:
                 f"dataset.pad={pad}: the images of {name} are {height}x{width}; with more padding,"
                 " some crops would be black."
             )
-        train, val = hold_out(source.train.labels.numpy(), source.classes, validation, train_size)
-        self.splits = {"train": _part(source.train, train), "test": source.test}
-        if len(val):
-            self.splits["val"] = _part(source.train, val)
+        self.splits = {"test": source.test}
+        if source.train is not None:
+            train, val = hold_out(source.train.labels.numpy(), source.classes, validation, train_size)
+            self.splits = {"train": _part(source.train, train), "test": source.test}
+            if len(val):
+                self.splits["val"] = _part(source.train, val)
+        self.test_files = source.test_files
         self.sizes = {split: len(part.labels) for split, part in self.splits.items()}
-        if mean is None or std is None:
+        if mean is None or std is None:  # never of a source without training images
             mean, std = channel_statistics(self.splits["train"].images)
         if len(mean) != self.channels:
             raise ConfigError(
@@ -165,7 +168,8 @@ def check_source(name: str, source: Source) -> None:
     Raises:
         ConfigError: names the data set, the split and what is wrong.
     """
-    for split, (images, labels) in (("train", source.train), ("test", source.test)):
+    train = source.test if source.train is None else source.train
+    for split, (images, labels) in (("train", train), ("test", source.test)):
         where = f"dataset {name}, {split} split"
         if images.ndim != 4 or images.dtype != torch.uint8 or labels.dtype != torch.int64:
             raise ConfigError(
@@ -177,10 +181,10 @@ def check_source(name: str, source: Source) -> None:
                 f"{where}: {len(images)} images and {len(labels)} labels; there must be as many of"
                 " both, and at least one."
             )
-        if images.shape[1:] != source.train.images.shape[1:]:
+        if images.shape[1:] != train.images.shape[1:]:
             raise ConfigError(
                 f"{where}: images are {list(images.shape[1:])} [H, W, C], those of the training split "
-                f"{list(source.train.images.shape[1:])}; they must be equal."
+                f"{list(train.images.shape[1:])}; they must be equal."
             )
         outside = labels[(labels < 0) | (labels >= len(source.classes))]
         if len(outside):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from okddip.data.decoding import check_memory, decode_cached
+from okddip.data.evaluation_images import evaluation_folder, scan_evaluation
 from okddip.data.folder import scan
 from okddip.data.options import image_shape
 from okddip.data.stratify import stratified_order
@@ -32,9 +33,10 @@ class Split(NamedTuple):
 
 
 class Source(NamedTuple):
-    train: Split
+    train: Split | None  # None: there are test images alone, to measure a network on
     test: Split
     classes: tuple[str, ...]
+    test_files: Sequence[str] = ()  # [N] of the test images, where each has a file
 
 
 def cifar10(root: str) -> Source:
@@ -142,7 +144,11 @@ def digits(image_size: int | Sequence[int] | None = 16) -> Source:
 
 
 def image_folder(
-    root: str, cache_dir: str, image_size: int | Sequence[int] | None = None, channels: int = 3
+    root: str,
+    cache_dir: str,
+    image_size: int | Sequence[int] | None = None,
+    channels: int = 3,
+    classes: Sequence[str] | None = None,
 ) -> Source:
     """Any images in root/train/CLASS/* and root/test/CLASS/*; classes in the order of their sorted names.
 
@@ -154,17 +160,24 @@ def image_folder(
         image_size: a number or (height, width), to which images are scaled and cropped; None if all are of
             one size.
         channels: 3 for RGB, 1 for grey.
+        classes: of a network that is to be measured: the test images alone are read, of root/test/CLASS/* or
+            root/CLASS/*, and may be of some of these classes.
 
     Raises:
         ConfigError: see `okddip.data.folder` and `okddip.data.decoding`.
     """
-    folder = Path(root).expanduser()
-    listing = scan(folder, ("train", "test"))
-    images = decode_cached(folder, listing, image_shape(image_size), channels, Path(cache_dir).expanduser())
-    train, test = (
-        Split(images[split], torch.from_numpy(listing.labels[split])) for split in ("train", "test")
+    folder, cache = Path(root).expanduser(), Path(cache_dir).expanduser()
+    if classes is None:
+        listing = scan(folder, ("train", "test"))
+    else:
+        folder = evaluation_folder(folder, "test")
+        listing = scan_evaluation(folder, classes)
+    images = decode_cached(folder, listing, image_shape(image_size), channels, cache)
+    *train, test = (
+        Split(images[split], torch.from_numpy(labels)) for split, labels in listing.labels.items()
     )
-    return Source(train, test, listing.classes)
+    *_, test_files = listing.files.values()
+    return Source(train[0] if train else None, test, listing.classes, test_files)
 
 
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer

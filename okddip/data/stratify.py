@@ -22,8 +22,10 @@ def stratified_order(labels: np.ndarray) -> np.ndarray:
     """
     rng = np.random.default_rng(0)
     position = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
+    _, counts = np.unique(labels, return_counts=True)
+    by_class = np.argsort(labels, kind="stable")
+    for members in np.split(by_class, np.cumsum(counts)[:-1]):
+        members = rng.permutation(members)
         position[members] = (np.arange(len(members)) + 0.5) / len(members)
     return np.argsort(position, kind="stable")
 

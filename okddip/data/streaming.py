@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 
 from okddip import distributed
 from okddip.data.augment import Normalization, normalization, normalize
+from okddip.data.evaluation_images import evaluation_folder, scan_evaluation
 from okddip.data.folder import scan
 from okddip.data.images import read_image, scale_and_crop
 from okddip.data.loader import ALL, Batches, Share, batch_seed, seed_of
@@ -48,6 +49,8 @@ class StreamingDataset:
         resize: see above; at least `image_size`.
         workers: processes that decode, at most one a core; 0 decodes in the training process. The images
             are the same for any number.
+        classes: of a network that is to be measured: the test images alone are read, of root/val/CLASS/* or
+            root/CLASS/*, and may be of some of these classes.
         bad_images: for an image that cannot be read: "refuse" ends the run with its name, "skip" leaves it
             out of its batch, logs a warning, and counts it in the loader's `skipped`.
         pad, on_device: for data sets in memory; only None and False are allowed.
@@ -77,6 +80,7 @@ class StreamingDataset:
         on_device: str | bool = False,
         cache_dir: str | None = None,
         device_share: float | None = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
         check_options(
             {
@@ -94,18 +98,21 @@ class StreamingDataset:
         )
         self._check_streamed(image_size, resize, mean, pad, on_device)
         folder = Path(root).expanduser()
-        listing = scan(folder, ("train", "val"))
-        train, val = hold_out(listing.labels["train"], listing.classes, validation, train_size)
+        if classes is None:
+            listing = scan(folder, ("train", "val"))
+        else:
+            listing = scan_evaluation(evaluation_folder(folder, "val"), classes)
         # as bytes: counting references to Python strings would copy their memory in each worker
-        files = {
-            split: np.array([os.fsencode(path) for path in paths]) for split, paths in listing.files.items()
-        }
-        self.splits = {
-            "train": Files(files["train"][train], listing.labels["train"][train]),
-            "test": Files(files["val"], listing.labels["val"]),
-        }
-        if len(val):
-            self.splits["val"] = Files(files["train"][val], listing.labels["train"][val])
+        *learned, test = (
+            Files(np.array([os.fsencode(path) for path in paths]), listing.labels[split])
+            for split, paths in listing.files.items()
+        )
+        self.splits = {"test": test}
+        for paths, labels in learned:
+            train, val = hold_out(labels, listing.classes, validation, train_size)
+            self.splits = {"train": Files(paths[train], labels[train]), "test": test}
+            if len(val):
+                self.splits["val"] = Files(paths[val], labels[val])
         self.name = name
         self.classes = listing.classes
         self.image_size = (image_size, image_size)
@@ -138,6 +145,11 @@ class StreamingDataset:
                 f"dataset.pad={pad}, dataset.on_device={on_device}: do not apply to a streamed data set; "
                 f"leave them at null and false."
             )
+
+    @property
+    def test_files(self) -> list[str]:
+        """The paths of the test images, [N]."""
+        return [os.fsdecode(path) for path in self.splits["test"].paths]
 
     def digest(self, split: str) -> str:
         """A digest of the names and labels of a split's files, without the folder; reads no image."""
@@ -223,6 +235,7 @@ class StreamingLoader:
         self.image_size = dataset.image_size
         self.size = len(files.labels)
         self.skipped = 0  # images left out so far because they cannot be read
+        self.unread: set[int] = set()  # which, as they are counted in the split
         self.batch_size = batch_size
         self.device = device
         self.seed = seed
@@ -258,10 +271,12 @@ class StreamingLoader:
                     hint = (
                         "Or leave out what cannot be read, and have all of it named: dataset.bad_images=skip."
                     )
-                    raise_problems("dataset.bad_images=refuse", [f"{errors[0]} {hint}", *errors[1:]])
+                    first, *others = [error.reason for error in errors]
+                    raise_problems("dataset.bad_images=refuse", [f"{first} {hint}", *others])
                 for error in errors:
                     self.skipped += 1
-                    log.warning("Skipped (%d so far): %s", self.skipped, error)
+                    self.unread.add(error.image)
+                    log.warning("Skipped (%d so far): %s", self.skipped, error.reason)
                 alone = 1 if self.seed is not None else 0  # batch norm cannot normalise a single value
                 if len(labels) <= alone:
                     images, labels = torch.empty(0, *self.image_size, 3, dtype=torch.uint8), labels[:0]
@@ -270,7 +285,7 @@ class StreamingLoader:
                     labels = labels.to(self.device, non_blocking=True)
                     yield normalize(images, self.constants, self.memory_format), labels
 
-    def _decoded(self, loader: DataLoader) -> Generator[tuple[Tensor, Tensor, list[str]], None, None]:
+    def _decoded(self, loader: DataLoader) -> Generator[tuple[Tensor, Tensor, list["Unread"]], None, None]:
         others = set(multiprocessing.active_children())
         batches = None
         try:
@@ -321,8 +336,15 @@ class Draw(NamedTuple):
     seed: int | None
 
 
+class Unread(NamedTuple):
+    """Which image cannot be read, and why."""
+
+    image: int
+    reason: str
+
+
 class _Samples(MapDataset):
-    """Decoded and transformed images; for one that cannot be read, the error message."""
+    """Decoded and transformed images with their labels."""
 
     def __init__(self, files: Files, transform: Callable[[Image.Image], Image.Image]) -> None:
         self.files = files
@@ -331,7 +353,7 @@ class _Samples(MapDataset):
     def __len__(self) -> int:
         return len(self.files.labels)
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int] | str:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int] | Unread:
         path = os.fsdecode(self.files.paths[draw.image])
         try:
             image = read_image(path)
@@ -341,15 +363,17 @@ class _Samples(MapDataset):
                     torch.manual_seed(draw.seed)
                 pixels = np.asarray(self.transform(image))
         except ConfigError as error:
-            return str(error)
+            return Unread(draw.image, str(error))
         except (OSError, ValueError, MemoryError) as error:
             reason = str(error) or "out of memory"
-            return f"{for_terminal(path)}: cannot be scaled ({reason}); remove or replace it."
+            return Unread(
+                draw.image, f"{for_terminal(path)}: cannot be scaled ({reason}); remove or replace it."
+            )
         return torch.from_numpy(pixels.copy()), int(self.files.labels[draw.image])
 
 
-def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
-    good = [sample for sample in samples if not isinstance(sample, str)]
+def _collate(samples: list[tuple[Tensor, int] | Unread]) -> tuple[Tensor, Tensor, list[Unread]]:
+    good = [sample for sample in samples if not isinstance(sample, Unread)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
     labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-    return images, labels, [sample for sample in samples if isinstance(sample, str)]
+    return images, labels, [sample for sample in samples if isinstance(sample, Unread)]

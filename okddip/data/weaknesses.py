@@ -35,7 +35,7 @@ def weaknesses(dataset: "Dataset", *, overlap: bool = True) -> list[str]:
                 f" {len(classes):,} ('{classes[present[0]]}')."
             )
     known: set[bytes] = set()
-    for split, part in splits.items() if overlap else ():
+    for split, part in splits.items() if overlap and "train" in splits else ():
         if split == "train" or not (isinstance(part, Split) and isinstance(splits["train"], Split)):
             continue
         known = known or set(words(splits["train"].images))

@@ -58,6 +58,12 @@ class Classifier(nn.Module):
         batches = self.preprocessing.pixels(images).split(BATCH_SIZE)
         return torch.cat([self(pixels.to(self.scale.device)).cpu() for pixels in batches])
 
+    @torch.inference_mode()
     def predict(self, images: Images) -> list[str]:
         """The name of the most probable class of each image; see `predict_proba`."""
-        return [self.classes[index] for index in self.predict_proba(images).argmax(-1).tolist()]
+        batches = self.preprocessing.pixels(images).split(BATCH_SIZE)
+        # batch by batch: all probabilities of many images and classes would not fit into memory
+        indices = [
+            index for pixels in batches for index in self(pixels.to(self.scale.device)).argmax(-1).tolist()
+        ]
+        return [self.classes[index] for index in indices]

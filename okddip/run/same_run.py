@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from okddip.data.dataset import Dataset
 from okddip.errors import ConfigError
 from okddip.run.folder import Run
 from okddip.run.identity import identifying_settings
+from okddip.text import listed
 
 LENGTH = "trainer.epochs"  # the one setting that may differ: a run can be lengthened
 
@@ -122,14 +123,10 @@ def check_same_data(run: Run, dataset: Dataset, digests: Mapping[str, str]) -> N
         root = run.state["config"]["dataset"].get("root")
         raise ConfigError(
             f"{run.folder.path}: this run was trained on other data ({', '.join(different)} differ; its"
-            f" dataset.root is {root}, with classes {first_names(theirs['classes'])}; here they are"
-            f" {first_names(ours['classes'])}), so resuming it would mix two runs. Name the data set that it"
+            f" dataset.root is {root}, with classes {listed(theirs['classes'], 5)}; here they are"
+            f" {listed(ours['classes'], 5)}), so resuming it would mix two runs. Name the data set that it"
             " was begun with, or begin a new run: leave trainer.resume out."
         )
-
-
-def first_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def same_but_for_length(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from okddip.deployment.predictors import rebuild
 from okddip.errors import ConfigError, Incompatible
 from okddip.run.identity import fingerprint, run_identity
 from okddip.run.references import find_checkpoint
-from okddip.text import composed
+from okddip.text import composed, listed
 from okddip.training import checkpoint
 from okddip.trust import trust_of
 
@@ -75,13 +75,14 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
     """
     teacher, images = f"method.teacher={config.method.teacher}", f"dataset={config.options.dataset}"
     size = "x".join(map(str, dataset.image_size))
-    for what, theirs, ours in (
-        ("classes", composed(state["classes"]), composed(dataset.classes)),
-        ("image channels", state["channels"], dataset.channels),
+    theirs, ours = composed(state["classes"]), composed(dataset.classes)
+    for what, is_same, learned, found in (
+        ("classes", theirs == ours, listed(theirs), listed(ours)),
+        ("image channels", state["channels"] == dataset.channels, state["channels"], dataset.channels),
     ):
-        if theirs != ours:
+        if not is_same:
             raise ConfigError(
-                f"{teacher}: was trained on {what} {theirs}, and {images} has {ours}."
+                f"{teacher}: was trained on {what} {learned}, and {images} has {found}."
                 " Name a teacher trained on this data set."
             )
     if not is_same_normalisation(state, dataset):
@@ -91,9 +92,9 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
             f" {rounded(dataset.std)}. Set dataset.mean and dataset.std to the teacher's."
         )
     if list(dataset.image_size) != state["image_size"]:
-        theirs = "x".join(map(str, state["image_size"]))
+        learned = "x".join(map(str, state["image_size"]))
         log.warning(
-            "%s: was trained on images of %s, and those of %s have %s.", teacher, theirs, images, size
+            "%s: was trained on images of %s, and those of %s have %s.", teacher, learned, images, size
         )
     try:
         group, method = rebuild(state, trust_of(config), teacher)

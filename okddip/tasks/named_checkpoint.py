@@ -1,7 +1,6 @@
 """The checkpoint that a command names, and what the command may set beside it."""
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,16 +12,21 @@ from okddip.run.references import find_checkpoint
 from okddip.training import checkpoint
 
 
-def open_checkpoint(config: DictConfig) -> tuple[Path, dict[str, Any]]:
+def open_checkpoint(config: DictConfig) -> tuple[str, dict[str, Any]]:
     """The checkpoint that the setting `checkpoint` names, and what it holds.
+
+    Returns:
+        `runs:/ID` where that was given (where MLflow puts the file may be gone soon), else the file's path.
 
     Raises:
         ConfigError: it is not there, or no checkpoint.
     """
-    path = find_checkpoint("checkpoint", str(config.checkpoint), config.tracking.get("uri"))
+    reference = str(config.checkpoint)
+    path = find_checkpoint("checkpoint", reference, config.tracking.get("uri"))
     state = checkpoint.load(path)
-    checkpoint.warn_of_other_version(state, path)
-    return path, state
+    name = reference if reference.startswith("runs:/") else str(path)
+    checkpoint.warn_of_other_version(state, name)
+    return name, state
 
 
 def chosen_keys(task: str, settled: Collection[str]) -> set[str]:

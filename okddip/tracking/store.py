@@ -173,6 +173,9 @@ def open_store(uri: str) -> "MlflowClient":
     Raises:
         ConfigError: names the address; within 10 s.
     """
+    os.environ.setdefault(
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"
+    )  # bars of MLflow's between our lines
     if uri.startswith("sqlite:"):
         from sqlalchemy.engine import make_url
 

@@ -66,7 +66,7 @@ def test_a_run_is_the_same_on_another_gpu(configured: Callable[..., DictConfig])
     ("other", "words"),
     [
         ("pixels", "train, test differ"),
-        pytest.param("classes", "with classes cat, dog; here", marks=pytest.mark.slow),
+        pytest.param("classes", "with classes 'cat', 'dog'; here", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_does_not_go_on_with_other_images(

@@ -1,7 +1,11 @@
 """Measure the predictors of a checkpoint in one pass over the test set."""
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 
 from okddip.errors import ConfigError
@@ -11,7 +15,16 @@ from okddip.training.epoch import evaluate_on
 from okddip.training.precision import PRECISIONS
 
 
-def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Tensor]:
+class Answers(NamedTuple):
+    """What each predictor says of each image. Linear in the images: nothing here grows with the classes."""
+
+    images: np.ndarray  # [N] which of the split's images
+    labels: np.ndarray  # [N]
+    predictions: np.ndarray  # [Q, N] the most probable class
+    probabilities: np.ndarray  # [Q, N] its probability
+
+
+def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Answers]:
     """Measure all predictors on the test set, in one pass.
 
     Args:
@@ -19,23 +32,25 @@ def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Tensor]:
         epoch: of the checkpoint; sets the ramp in its loss.
 
     Returns:
-        The metrics of an evaluation in training and, for each predictor, `cross_entropy` and `ece`, the
-        expected calibration error in percent; and the confusion matrices [Q, K, K], row the true class.
+        The metrics of an evaluation in training and, for each predictor, `cross_entropy` and, in percent,
+        `ece` (the expected calibration error), `balanced_accuracy` and `macro_f1`; and its answers.
 
     Raises:
         ConfigError: a loss is not finite, or the logits of a predictor are not.
     """
     trainer, group, method = parts.trainer, parts.group, parts.method
     dtype = PRECISIONS[trainer.precision]
+    answers: list[tuple[Tensor, Tensor, Tensor]] = []  # labels, predictions, probabilities of each batch
 
     def step(images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
         with torch.autocast(trainer.device.type, dtype=dtype, enabled=dtype is not None):
             output = group(images)
         losses = method(output, labels, ramp)
+        logits = losses.predictions  # [Q, B, K]
+        answers.append((labels, logits.argmax(-1), logits.float().softmax(-1).amax(-1)))
         details = {
-            "cross_entropy": cross_entropy(losses.predictions, labels),  # [Q]
-            "gaps": metrics.calibration_gaps(losses.predictions, labels),  # [Q, bins]
-            "confusion": count_confusion(losses.predictions, labels),  # [Q, K, K]
+            "cross_entropy": cross_entropy(logits, labels),  # [Q]
+            "gaps": metrics.calibration_gaps(logits, labels),  # [Q, bins]
         }
         return losses.total, metrics.count(losses, labels, method.auxiliary) | details
 
@@ -46,7 +61,6 @@ def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Tensor]:
         sums = evaluate_on(group, method, step, batches, ramp)
     entropies = sums.pop("cross_entropy") / sums["images"]  # [Q]
     errors = 100 * sums.pop("gaps").abs().sum(1) / sums["images"]  # [Q]
-    confusion = sums.pop("confusion").cpu()
     broken = metrics.broken_losses(sums)
     broken += [name for name, value in zip(method.predictors, entropies, strict=True) if not value.isfinite()]
     if broken:
@@ -55,11 +69,21 @@ def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Tensor]:
             " accuracy means anything. trainer.precision=fp32 may help; else name another checkpoint, such as"
             " previous.pt or best.pt in the same folder."
         )
+    labels, predictions, probabilities = (
+        torch.cat(batches, dim=-1).cpu().numpy() for batches in zip(*answers, strict=True)
+    )
+    unread = getattr(loader, "unread", ())  # images that a streamed data set has left out
+    read = np.setdiff1d(np.arange(parts.dataset.sizes["test"]), list(unread))[: len(labels)]
     results = metrics.read(sums, method)
-    for name, values in (("cross_entropy", entropies), ("ece", errors)):
-        by_predictor = zip(method.predictors, values.tolist(), strict=True)
+    balanced, f1 = zip(*(unweighted(labels, one) for one in predictions), strict=True)
+    details = {
+        **{"cross_entropy": entropies.tolist(), "ece": errors.tolist()},
+        **{"balanced_accuracy": balanced, "macro_f1": f1},
+    }
+    for name, values in details.items():
+        by_predictor = zip(method.predictors, values, strict=True)
         results |= {f"{predictor}/{name}": value for predictor, value in by_predictor}
-    return results, confusion
+    return results, Answers(read, labels, predictions, probabilities)
 
 
 def cross_entropy(predictions: Tensor, labels: Tensor) -> Tensor:
@@ -68,15 +92,41 @@ def cross_entropy(predictions: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(predictions.transpose(1, 2), every, reduction="none").double().sum(1)
 
 
-def count_confusion(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Confusion matrices, a row a true class: [Q, B, K] and [B] to [Q, K, K]."""
-    predictors, _, classes = predictions.shape
-    cells = labels * classes + predictions.argmax(-1)  # [Q, B]
-    counts = cells.new_zeros(predictors, classes * classes)
-    return counts.scatter_add_(1, cells, torch.ones_like(cells)).view(predictors, classes, classes)
+def unweighted(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, float]:
+    """Balanced accuracy and macro F1, in percent: means in which each class that has images counts the same.
+
+    Args:
+        labels, predictions: [N].
+    """
+    _, recall, f1, _ = precision_recall_fscore_support(
+        labels, predictions, labels=np.unique(labels), zero_division=0
+    )
+    return 100 * float(recall.mean()), 100 * float(f1.mean())
 
 
-def class_accuracy(counts: Tensor) -> list[float | None]:
-    """Accuracy within each class, in percent; None for a class without images."""
-    shares = zip(counts.diagonal().tolist(), counts.sum(1).tolist(), strict=True)
-    return [100 * right / images if images else None for right, images in shares]
+def class_accuracy(labels: np.ndarray, predictions: np.ndarray, classes: int) -> list[float | None]:
+    """Accuracy within each class, in percent; None for a class without images.
+
+    Args:
+        labels, predictions: [N].
+        classes: how many there are.
+    """
+    images = np.bincount(labels, minlength=classes)  # [K]
+    right = np.bincount(labels[labels == predictions], minlength=classes)
+    return [
+        100 * hits / count if count else None
+        for hits, count in zip(right.tolist(), images.tolist(), strict=True)
+    ]
+
+
+def most_confused(labels: np.ndarray, predictions: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+    """The most frequent mistakes: class, what it was taken for, how often. Memory grows with the images only.
+
+    Args:
+        labels, predictions: [N].
+        most: how many of them.
+    """
+    wrong = labels != predictions
+    pairs, counts = np.unique(np.stack([labels, predictions])[:, wrong], axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:most]
+    return [(*pairs[:, place].tolist(), int(counts[place])) for place in order]

@@ -1,16 +1,11 @@
 """What an evaluation is done with: a checkpoint's configuration, and what the command sets instead."""
 
-import logging
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from okddip.errors import ConfigError
-from okddip.run.parts import Parts
 from okddip.sweeps import teacher
-from okddip.text import composed
-
-log = logging.getLogger(__name__)
 
 
 def evaluation_settings(config: DictConfig, chosen: set[str], state: dict[str, Any]) -> DictConfig:
@@ -50,6 +45,10 @@ def evaluation_settings(config: DictConfig, chosen: set[str], state: dict[str, A
             if group == "dataset" and name in settings.dataset.get("source", {}):
                 settings.dataset.source[name] = value
     settings.trainer.compile = False  # nothing is compiled here, and no compiler is needed
+    source = settings.dataset.get("source") or {}
+    is_sized = "dataset.image_size" in chosen or source.get("image_size", 0) is not None
+    if "dataset.root" in chosen and not is_sized:  # other images may be of several sizes
+        settings.dataset.image_size = settings.dataset.source.image_size = state["image_size"]
     return settings
 
 
@@ -66,27 +65,3 @@ def find_teacher(settings: DictConfig) -> str:
             " teacher. Name its checkpoint: methods.teacher=PATH."
         )
     return found
-
-
-def check_images(settings: DictConfig, state: dict[str, Any], parts: Parts) -> None:
-    """Refuse a data set whose classes or channels are not those of the checkpoint.
-
-    Raises:
-        ConfigError: names both.
-    """
-    for what, theirs, ours in (
-        ("classes", composed(state["classes"]), composed(parts.dataset.classes)),
-        ("image channels", state["channels"], parts.dataset.channels),
-    ):
-        if theirs != ours:
-            raise ConfigError(
-                f"dataset={settings.options.dataset}: has {what} {ours}, and the checkpoint was trained on"
-                f" dataset={state['config']['options']['dataset']} with {what} {theirs}."
-                " Choose a data set with the same ones, or leave dataset out for the checkpoint's own."
-            )
-    if list(parts.dataset.image_size) != state["image_size"]:
-        log.warning(
-            "The network was trained on images of %dx%d and is measured on images of %dx%d.",
-            *state["image_size"],
-            *parts.dataset.image_size,
-        )

@@ -1,6 +1,5 @@
 """The command that reproduces a run: overrides that compose to its very configuration."""
 
-import os
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -129,7 +128,6 @@ def stored_configuration(client: "MlflowClient", run_id: str, typed: list[str] |
     """
     from mlflow.exceptions import MlflowException
 
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for one small file
     source = f"report.run={run_id}: config.yaml"
     try:
         with tempfile.TemporaryDirectory() as folder:
