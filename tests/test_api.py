@@ -115,15 +115,14 @@ def test_what_is_no_run_or_no_metric_of_the_store_is_named_in_a_sentence(tracker
 
 
 def test_a_changed_configuration_follows_and_composes_to_itself() -> None:
-    config = okddip.compose(["experiment=quickstart", "seed=3", "hydra.run.dir=here"])
+    config = okddip.compose(["experiment=quickstart", "seed=4", "hydra.run.dir=here"])
     assert api.overrides_of(config) == list(config.command)
     config.method.peers = 5
-    config.seed = 4
     config.trainer.resume = "auto"
     assert config.name == "okddip5-seed4-branch-resnet8-digits"
     words = api.overrides_of(config)
     assert words == [
-        *("experiment=quickstart", "hydra.run.dir=here", "seed=4", "method.peers=5", "trainer.resume=auto"),
+        *("experiment=quickstart", "seed=4", "hydra.run.dir=here", "method.peers=5", "trainer.resume=auto"),
     ]
     again = okddip.compose(words)
     assert OmegaConf.to_container(again, resolve=True) == OmegaConf.to_container(config, resolve=True) | {
