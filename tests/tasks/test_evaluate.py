@@ -313,7 +313,7 @@ def test_a_figure_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     draw_confusion(drawn(["a", "b"]), tmp_path)
-    assert figures[0].axes[0].get_title() == "m_$1 on d, peer0: top-1 98.77 %, n = 1,200"
+    assert figures[0].axes[0].get_title() == "m_$1 on d\npeer0: top-1 98.77 %, n = 1,200"
 
 
 def test_predictions_of_hostile_names_are_read_back_by_pandas(tmp_path: Path) -> None:

@@ -53,11 +53,8 @@ def draw_confusion(report: dict[str, Any], folder: Path) -> None:
     """Draw the confusion matrix of a report into `confusion.png` and `confusion.pdf`, each row as shares."""
     counts = np.array(report["confusion"]["counts"])  # [K, K]
     shown = report["confusion"]["predictor"]
-    title = "{model} on {dataset}, {predictor}: top-1 {top1:.2f} %, n = {images:,}".format(
-        **{name: report[name] for name in ("model", "dataset", "images")},
-        predictor=shown,
-        top1=report["metrics"][f"{shown}/top1"],
-    )
+    what = for_terminal(f"{report['model']} on {report['dataset']}")
+    accuracy = f"top-1 {report['metrics'][f'{shown}/top1']:.2f} %, n = {report['images']:,}"
     classes = list(map(for_terminal, report["classes"]))
     size = len(classes)
     shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
@@ -68,7 +65,7 @@ def draw_confusion(report: dict[str, Any], folder: Path) -> None:
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
         figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
-        axes.set(title=for_terminal(title), xlabel="predicted class", ylabel="true class")
+        axes.set(title=f"{what}\n{shown}: {accuracy}", xlabel="predicted class", ylabel="true class")
         if size <= MOST_LABELS:
             axes.set_xticks(range(size), classes, rotation=90)
             axes.set_yticks(range(size), classes)
