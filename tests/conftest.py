@@ -24,7 +24,7 @@ from okddip.methods.base import Method
 from okddip.run.parts import Parts
 from okddip.tasks.benchmark.synthetic import DataShape, with_synthetic_images
 
-pytest_plugins = "mlflow_stores"
+pytest_plugins = ("mlflow_stores", "exported_networks")
 
 # the suite's numbers must not depend on a store or a cache that the developer has
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):

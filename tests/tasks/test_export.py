@@ -1,102 +1,29 @@
 """Task export: what it writes answers as the trained network does."""
 
-import io
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlflow
-import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import Answer, no_room
+from conftest import no_room
+from exported_networks import MEAN, STD, Okddip, Trained, logits_in_training, normalised, randomize_statistics
 from models.model_options import factory, parameters
-from omegaconf import DictConfig, OmegaConf
-from PIL import Image
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 import okddip as package
 from okddip.assembly import make
-from okddip.data.sources import digits, image_folder
-from okddip.data.streaming import StreamingDataset
+from okddip.data.sources import digits
 from okddip.deployment.classifier import Classifier
 from okddip.deployment.predictors import rebuild
 from okddip.deployment.preprocessing import Preprocessing
-from okddip.errors import ConfigError
 from okddip.models.backbone import Backbone
-from okddip.models.group import PeerGroup
 from okddip.tasks.export import task as exporting
-from okddip.training import checkpoint
 from okddip.trust import Trust
 
-Okddip = Callable[..., Answer]
-Trained = Callable[..., dict[str, Any]]
 REPOSITORY = Path(__file__).parents[2]
-MEAN, STD = 0.3, 0.4
-
-
-@pytest.fixture
-def trained(configured: Callable[..., DictConfig]) -> Trained:
-    """Write run/last.pt, of the digits, with statistics as if trained; returns what it holds."""
-
-    def write(*overrides: str, scores: dict[str, float] | None = None) -> dict[str, Any]:
-        config = configured("dataset=digits", "model=resnet8", *overrides)
-        OmegaConf.resolve(config)
-        make_backbone = partial(make, "model", config.model, num_classes=10, in_channels=1)
-        method = make("method", config.method, feature_dim=64, trunk_channels=32, epochs=300)
-        group = PeerGroup(make_backbone, method.peers, method.structure, method.rescale)
-        randomize_statistics(group)
-        state = {
-            "version": package.__version__,
-            "config": OmegaConf.to_container(config),
-            "classes": [f"digit {digit}" for digit in range(10)],
-            "channels": 1,
-            "image_size": [16, 16],
-            "mean": [MEAN],
-            "std": [STD],
-            "epoch": 7,
-            "history": {"last": {"epoch": 7, **(scores or {})}},
-            "group": group.state_dict(),
-            "method": method.state_dict(),
-        }
-        Path("run").mkdir(exist_ok=True)
-        checkpoint.save(state, Path("run"), best=True)
-        return state
-
-    return write
-
-
-def randomize_statistics(module: nn.Module) -> None:
-    """As training would have left them: else batch norm is the identity."""
-    for name, buffer in module.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(std=0.2)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 2)
-
-
-def logits_in_training(state: dict[str, Any], images: Tensor) -> Tensor:
-    """Of all peers, [P, B, K], by the group that was trained."""
-    group, _ = rebuild(state, Trust(), "run")
-    group.eval()
-    with torch.no_grad():
-        return group(images).logits
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    return (pixels.permute(0, 3, 1, 2) / 255 - MEAN) / STD
 
 
 @torch.no_grad()
@@ -291,129 +218,6 @@ def test_a_full_disk_is_named_and_leaves_nothing(
     assert not list(Path().glob(".export-*"))
 
 
-@pytest.fixture
-def exported(okddip: Okddip, trained: Trained) -> Path:
-    trained()
-    okddip("task=export", "checkpoint=run", "export.formats=[safetensors]", "export.out=out")
-    return Path("out")
-
-
-def test_damaged_weights_are_refused_by_name(exported: Path) -> None:
-    weights = (exported / "model.safetensors").read_bytes()
-    for damaged in (weights[:-100], weights[:50], b"", b"no weights", weights[8:]):
-        (exported / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ConfigError, match="out: is damaged"):
-            package.load("out")
-    (exported / "model.safetensors").unlink()
-    for nothing in ("out", "run", "nowhere"):
-        with pytest.raises(ConfigError, match=f"{nothing}: holds no exported network"):
-            package.load(nothing)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"model": None}, {"model": {}}, {"model": "resnet8"}),
-        *({"model": {"_target_": "okddip.models.resnet.resnet", "depth": 9}}, {"ensemble": 7}),
-        *({"classes": 10}, {"classes": ["a", "b"]}, {"ensemble": {"peers": 2}}, {"preprocessing": []}),
-        {"preprocessing": {"image_size": [16], "channels": 1, "mean": [0.5], "std": [0.5]}},
-        {"preprocessing": {"image_size": [16, "16"], "channels": 1, "mean": [0.5], "std": [0.5]}},
-        {"preprocessing": {"image_size": [16, 16], "channels": 1, "mean": [0.5, 0.5], "std": [0.5]}},
-        {"preprocessing": {"image_size": [16, 16], "channels": 1, "mean": ["a"], "std": [0.5]}},
-    ],
-)
-def test_a_description_of_something_else_is_refused_by_name(exported: Path, change: dict[str, Any]) -> None:
-    description = json.loads((exported / "model.json").read_text())
-    (exported / "model.json").write_text(json.dumps(description | change))
-    with pytest.raises(ConfigError, match="out: is damaged"):
-        package.load("out")
-
-
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"7", b"null", b"{}", b"\xff\xfe\x00"])
-def test_a_description_that_is_none_is_refused_by_name(exported: Path, text: bytes) -> None:
-    (exported / "model.json").write_bytes(text)
-    with pytest.raises(ConfigError, match="out: is damaged"):
-        package.load("out")
-
-
-def test_files_pil_images_and_arrays_are_predicted_alike(tmp_path: Path) -> None:
-    network = factory("resnet8")().eval()
-    randomize_statistics(network)
-    preprocessing = Preprocessing((24, 24), 3, None, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-    classifier = Classifier(network, [f"class {i}" for i in range(10)], preprocessing)
-    pixels = np.random.default_rng(0).integers(256, size=(5, 24, 24, 3), dtype=np.uint8)
-    files = [tmp_path / f"{i}.png" for i in range(5)]
-    for file, image in zip(files, pixels, strict=True):
-        Image.fromarray(image).save(file)
-
-    probabilities = classifier.predict_proba(pixels)
-    assert probabilities.shape == (5, 10)
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones(5))
-    images = [Image.fromarray(image) for image in pixels]
-    contents = [file.read_bytes() for file in files]
-    written = [io.BytesIO() for _ in images]
-    for image, file in zip(images, written, strict=True):
-        image.save(file, "PNG")  # which leaves the file at its end
-    several = (files, [str(file) for file in files], images, contents, written, map(bytearray, contents))
-    arrays = (torch.from_numpy(pixels), list(pixels), list(torch.from_numpy(pixels)))
-    mixed = [pixels[0], files[1], contents[2], written[3], images[4]]
-    for same in (*several, *arrays, mixed):
-        assert torch.equal(classifier.predict_proba(same), probabilities)
-    expected = [f"class {i}" for i in probabilities.argmax(-1).tolist()]
-    assert classifier.predict(pixels) == expected
-    for one in (files[0], str(files[0]), images[0], contents[0], written[0], memoryview(contents[0])):
-        assert classifier.predict(one) == expected[:1]
-    with files[0].open("rb") as opened:
-        assert classifier.predict(opened) == classifier.predict([opened]) == expected[:1]
-        assert not opened.closed
-    for wrong in (pixels / 255, pixels[0], pixels[..., :1], pixels[:, :20]):
-        with pytest.raises(ValueError, match=r"uint8 \[N, 24, 24, 3\]"):
-            classifier.predict(wrong)
-    with pytest.raises(ValueError, match=r"image 1 must be uint8 \[24, 24, 3\], not uint8 \[20, 24, 3\]"):
-        classifier.predict([pixels[0], pixels[1, :20]])
-    with pytest.raises(ConfigError, match="image 1: is not an image"):
-        classifier.predict([contents[0], b"no image"])
-    for other in (None, 5, [None], [[0, 255]], {"image": 5}.items()):
-        with pytest.raises(TypeError, match=r"images must be a path, the bytes of .* \[N, H, W, C\]"):
-            classifier.predict(other)
-    with pytest.raises(TypeError, match="image 0 is a file that is open as text; open it in binary mode"):
-        classifier.predict(io.StringIO("text"))
-
-
-def test_images_are_scaled_as_the_data_sets_scale_them(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for split in ("train", "test", "val"):
-        for name in "ab":
-            (tmp_path / "images" / split / name).mkdir(parents=True)
-            pixels = rng.integers(256, size=(*rng.integers(30, 60, size=2), 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / split / name / "0.png")
-    root = str(tmp_path / "images")
-    statistics = ((0.5,) * 3, (0.25,) * 3)
-
-    in_memory = image_folder(root, str(tmp_path / "cache"), [20, 24]).test.images
-    files = sorted((tmp_path / "images" / "test").glob("*/*"))
-    assert torch.equal(Preprocessing((20, 24), 3, None, *statistics).pixels(files), in_memory)
-
-    streamed = StreamingDataset(
-        name="s", root=root, image_size=24, resize=28, workers=0, mean=[0.5] * 3, std=[0.25] * 3
-    )
-    [(images, _)] = streamed.eval_loader("test", 2, torch.device("cpu")).batches()
-    files = sorted((tmp_path / "images" / "val").glob("*/*"))
-    preprocessing = Preprocessing((24, 24), 3, 28, *statistics)
-    classifier = Classifier(nn.Identity(), ["a", "b"], preprocessing)
-    assert torch.equal(classifier.normalize(preprocessing.pixels(files)), images)
-
-
-def test_importing_the_package_stays_light() -> None:
-    probe = (
-        "import sys, okddip; okddip.load;"
-        "heavy = {'torch', 'numpy', 'hydra', 'mlflow'} & set(sys.modules);"
-        "sys.exit(f'imported: {heavy}' if heavy else 0)"
-    )
-    finished = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=REPOSITORY)
-    assert finished.returncode == 0, finished.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "option",
@@ -432,52 +236,3 @@ def test_every_family_of_models_can_be_written_as_a_program_and_as_onnx(option: 
     classifier = Classifier(network, [str(i) for i in range(10)], preprocessing)
     rows = exporting.write(classifier, {}, ["torch", "onnx"], tmp_path, Trust())
     assert len(rows) == 3
-
-
-@pytest.mark.slow
-def test_a_server_classifies_a_real_image(okddip: Okddip, trained: Trained, tmp_path: Path) -> None:
-    trained()
-    okddip("task=export", "checkpoint=run", "export.formats=[safetensors,mlflow]", "export.out=out")
-    source = digits()
-    file = io.BytesIO()
-    Image.fromarray(source.test.images[0, ..., 0].numpy()).save(file, "PNG")
-    image = np.asarray(Image.open(file))[None, ..., None]  # [1, 16, 16, 1]
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "out/mlflow"]
-    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    with (tmp_path / "server.log").open("w") as output:
-        server = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        wait_for(f"http://127.0.0.1:{port}/ping", server, tmp_path / "server.log")
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/invocations",
-            json.dumps({"inputs": image.tolist()}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            [prediction] = json.load(response)["predictions"]
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-    loaded = package.load("out")
-    assert [prediction["label"]] == loaded.predict(image)
-    expected = loaded.predict_proba(image)[0].tolist()
-    assert prediction["probabilities"] == pytest.approx(expected, abs=1e-5)
-
-
-def wait_for(url: str, server: subprocess.Popen, output: Path) -> None:
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        assert server.poll() is None, output.read_text()
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.5)
-    raise AssertionError(output.read_text())
