@@ -87,10 +87,10 @@ def test_a_run_does_not_go_on_with_other_images(
 
 
 @pytest.mark.parametrize("value", ["5", "true", "[]"])
-def test_a_reference_that_is_no_text_is_refused_by_name(okddip: Okddip, value: str) -> None:
+def test_a_reference_is_a_path_as_it_was_typed(okddip: Okddip, tmp_path: Path, value: str) -> None:
     answer = okddip(*BARE, f"trainer.resume={value}")
     assert answer.code == 1
-    assert ": must be null, auto, a path or runs:/ID." in answer.err
+    assert f"trainer.resume={tmp_path}/{value}: there is no such checkpoint." in answer.err
     assert "Traceback" not in answer.err
 
 

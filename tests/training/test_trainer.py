@@ -50,10 +50,11 @@ def settings(configured: Callable[..., DictConfig], **changes: object) -> dict[s
             {"accumulate": 2, "compile": True, "compile_mode": "reduce-overhead"},
             "does not go with trainer.compile_mode=reduce-overhead",
         ),
+        ({"resume": 5}, "trainer.resume=5: must be null, auto, a path or runs:/ID."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_settings_that_do_not_go_together_are_refused(
+def test_settings_that_are_wrong_or_do_not_go_together_are_refused(
     configured: Callable[..., DictConfig], changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
