@@ -33,11 +33,12 @@ from omegaconf.errors import OmegaConfBaseException
 from okddip import distributed
 from okddip.assembly import CONFIG_HOME
 from okddip.checks import check
-from okddip.command_line import check_choices, config_folders
+from okddip.command_line import as_typed, check_choices, config_folders
 from okddip.errors import ConfigError
+from okddip.home import ensure_home
 from okddip.hooks import check_output_folder
 from okddip.invocation import standing_for
-from okddip.main import build
+from okddip.main import build, make_without_data
 from okddip.signals import stop_on_signals, stops_deferred
 from okddip.sweeps.begin import NO_CHDIR
 from okddip.sweeps.environment import TRAIN
@@ -80,7 +81,8 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
             also "--config-dir=FOLDER".
 
     Raises:
-        ConfigError: an option, a key or a value that there is not or that is not allowed.
+        ConfigError: an option, a key or a value that there is not or that is not allowed; what depends on
+            the images is checked by `train`.
     """
     words = overrides_in(overrides)
     with program(words) as hydra, hydras_errors_as_ours():
@@ -89,7 +91,12 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         with open_dict(config):
             del config["hydra"]
         resolve_hydras_values(config, OmegaConf.to_container(config))
-        check(copy.deepcopy(config))
+        checked = copy.deepcopy(config)
+        check(checked)
+        with stops_deferred():  # an import that is broken off cannot be repeated in this process
+            import torch
+        with torch.random.fork_rng():
+            make_without_data(checked)
     with open_dict(config):
         config[COMMAND] = words
     return config
@@ -158,6 +165,7 @@ def runs(
     Raises:
         ConfigError: the store does not answer, the filter is not understood, or no training run matches.
     """
+    ensure_home()
     address, name = uri or tracking_default("uri"), experiment or tracking_default("experiment")
     found, searched, _ = stored.search(open_store(address), address, name, sweep, where)
     training = stored.training_runs(found)
@@ -179,6 +187,7 @@ def history(run: str, metric: str, *, uri: str | None = None) -> pd.Series:
     """
     from mlflow.exceptions import MlflowException
 
+    ensure_home()
     address = uri or tracking_default("uri")
     client: MlflowClient = open_store(address)
     try:
@@ -210,14 +219,14 @@ def overrides_in(words: Sequence[str]) -> list[str]:
         raise ConfigError(
             f"{words!r}: must be a list of overrides, such as ['experiment=quickstart', 'seed=1']."
         )
-    overrides = without_folder(words)
+    overrides = as_typed(without_folder(words))
     if flags := [word for word in overrides if word.startswith("-")]:
         raise ConfigError(
             f"{flags[0]}: is no override of one run. A sweep (-m) is started from the command line;"
             " okddip.runs(sweep=...) reads what came of it."
         )
     check_choices(overrides)
-    return list(words)
+    return as_typed(words)
 
 
 def without_folder(words: Sequence[str]) -> list[str]:
@@ -257,6 +266,7 @@ def overrides_of(config: Mapping[str, Any] | DictConfig) -> list[str]:
 @contextmanager
 def program(words: Sequence[str]) -> Iterator[Hydra]:
     """Hydra as the console command starts it; afterwards its state is that of before."""
+    ensure_home()
     own, config, job = GlobalHydra.instance(), HydraConfig.instance(), JobRuntime.instance()
     base = version.VersionBase.instance()
     before = own.hydra, config.cfg, job.get("name"), base.version_base

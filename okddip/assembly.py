@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from okddip.errors import ConfigError
 
 # In a wheel conf/ and multirun_presets/ travel inside the package; in a checkout they stand beside it.
 PACKAGE = Path(__file__).resolve().parent
 CONFIG_HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
-UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def make(key: str, node: DictConfig, **arguments: Any) -> Any:
@@ -28,6 +25,7 @@ def make(key: str, node: DictConfig, **arguments: Any) -> Any:
     """
     if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}._target_: names what is to be made, and is not there. See conf/{key}.")
+    check_arguments(key, node)
     try:
         return instantiate(node, **arguments)
     except Exception as error:  # not all of Hydra's own are HydraExceptions
@@ -38,18 +36,50 @@ def make(key: str, node: DictConfig, **arguments: Any) -> Any:
             raise cause from None
         options = ", ".join(f"{name!s}={value}" for name, value in node.items())
         reason = f"{type(cause).__name__}: {cause}"
-        raise ConfigError(
-            f"{key}: cannot be made ({reason}) with {options}.{meant(key, node, reason)} See conf/{key}."
-        ) from error
+        raise ConfigError(f"{key}: cannot be made ({reason}) with {options}. See conf/{key}.") from error
 
 
-def meant(key: str, node: DictConfig, reason: str) -> str:
-    """A question after an option that a part does not take, where the part has one of a like name."""
-    unknown = UNKNOWN.search(reason)
-    if unknown is None or unknown[1] not in node:
-        return ""
-    others = {str(name) for name in node} - {unknown[1]}
-    with suppress(Exception):  # of whatever it is
-        others |= set(inspect.signature(get_object(node._target_)).parameters)
-    near = difflib.get_close_matches(unknown[1], others, 1)
-    return f" Did you mean {key}.{near[0]} by {key}.{unknown[1]}?" if near else ""
+def check_arguments(key: str, node: Any) -> None:
+    """Refuse options that a part of the configuration does not take, before any part is made.
+
+    Raises:
+        ConfigError: names the option, and the one that is meant.
+    """
+    if not isinstance(node, DictConfig):
+        return
+    for name in node:
+        if not OmegaConf.is_missing(node, name):
+            check_arguments(f"{key}.{name!s}", node[name])
+    try:
+        taken = options_of(get_object(node._target_))
+    except Exception:  # names nothing: `make` says so where it is made
+        return
+    if taken is None:
+        return
+    for name in map(str, node):
+        if name not in taken and not name.startswith("_"):
+            near = difflib.get_close_matches(name, taken, 1)
+            raise ConfigError(
+                f"{key}.{name}: is no option of {node._target_}."
+                + (f" Did you mean {key}.{near[0]}?" if near else "")
+                + f" See conf/{key.partition('.')[0]}."
+            )
+
+
+def options_of(target: Any) -> set[str] | None:
+    """The arguments that a function or a class takes by name; None for any.
+
+    A class that hands on what it does not know takes those of its base class too.
+    """
+    bases = (
+        [base for base in inspect.getmro(target) if "__init__" in vars(base)]
+        if inspect.isclass(target)
+        else []
+    )
+    names: set[str] = set()
+    for each in [vars(base)["__init__"] for base in bases] or [target]:
+        parameters = inspect.signature(each).parameters.values()
+        names |= {parameter.name for parameter in parameters}
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+            return names
+    return None

@@ -75,7 +75,7 @@ def check_keys(config: DictConfig) -> None:
     """
     hydra = HydraConfig.get()
     for group in GLOBAL:
-        if group in config:
+        if config.get(group):
             raise ConfigError(
                 f"{group}={hydra.runtime.choices.get(group)}: its settings would stand under `{group}`, where"
                 " nothing reads them. Its file must begin with the line `# @package _global_`, with no other"
@@ -85,7 +85,11 @@ def check_keys(config: DictConfig) -> None:
     known = known_keys(folders)
     own = [path.read_text(encoding="utf-8", errors="replace") for path in option_files(folders[1:])]
     used = {
-        *(name.lstrip("+").partition("=")[0] for name in hydra.overrides.task if name.startswith("+")),
+        *(
+            name.lstrip("+").partition("=")[0].rpartition("@")[2]  # GROUP@PLACE=OPTION
+            for name in hydra.overrides.task
+            if name.startswith("+")
+        ),
         *(name for text in (OmegaConf.to_yaml(config), *own) for name in REFERENCE.findall(text)),
     }
     for section, keys in known.items():

@@ -164,7 +164,12 @@ def as_typed(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: Hydra cannot read the value of another setting; shows it in quotes.
     """
-    sweeps = any(argument in SWEEPS or argument.startswith("multirun_presets=") for argument in arguments)
+    sweeps = any(
+        argument in SWEEPS
+        or argument.startswith("multirun_presets=")
+        or (argument.startswith("--m") and "--multirun".startswith(argument))  # argparse completes it
+        for argument in arguments
+    )
     return [
         argument if argument.startswith("-") else override_as_typed(argument, sweeps)
         for argument in arguments

@@ -16,10 +16,10 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from okddip import distributed
-from okddip.assembly import CONFIG_HOME, make
+from okddip.assembly import CONFIG_HOME, check_arguments, make
 from okddip.checks import check
 from okddip.command_line import as_typed, check_choices, check_flags, overrides_first, usage, versions
-from okddip.errors import ConfigError, Incompatible, check_number
+from okddip.errors import ConfigError, check_number
 from okddip.home import ensure_home
 from okddip.hooks import register_plugins
 from okddip.signals import stop_on_signals
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from okddip.models.backbone import Backbone
     from okddip.models.group import PeerGroup
     from okddip.run.parts import Parts
+    from okddip.training.schedules import Schedule
     from okddip.training.trainer import Trainer
 
 TASKS_OF_RANKS = ("okddip.tasks.train.train", "okddip.tasks.benchmark.task.benchmark")
@@ -81,21 +82,53 @@ def build(config: DictConfig, make_dataset: Callable[[DictConfig], Dataset] | No
     import torch
 
     from okddip.data.loader import seed_of
-    from okddip.data.options import check_options
     from okddip.run.parts import Parts
     from okddip.sweeps.teacher import open_teacher
     from okddip.sweeps.teacher_checkpoint import check_teacher, describe_teacher
     from okddip.tasks.train import train
     from okddip.tracking.tracker import NoTracking
-    from okddip.training.rehearsal import check_memory
+    from okddip.training.rehearsal import check_image_size, check_memory
 
+    trainer, schedule, make_optimizer, probe, method = make_without_data(config)
+    check_memory(probe, method, trainer.device, config.options.model)
+    tracker = make("tracking", config.tracking) if distributed.rank() == 0 else NoTracking()
+    tracker.open()
+    teacher = open_teacher(config, partial(train, build=build)) if config.method.get("teacher") else None
+
+    with distributed.local_rank_0_first():
+        dataset = make("dataset", config.dataset) if make_dataset is None else make_dataset(config.dataset)
+    check_image_size(probe, dataset.image_size, config.options)
+    torch.manual_seed(seed_of(config.seed, 2))
+    network = None if teacher is None else check_teacher(config, teacher, dataset)
+    group, method = build_group(
+        config, partial(make, "model", config.model), method, dataset, trainer, network
+    )
+    optimizer = make_optimizer([*group.parameters(), *method.parameters()])
+    known = {} if teacher is None else describe_teacher(teacher)
+    return Parts(trainer, tracker, dataset, group, method, optimizer, schedule, known)
+
+
+def make_without_data(
+    config: DictConfig,
+) -> tuple[Trainer, Schedule, Callable[..., Any], Backbone, Method]:
+    """The trainer, the schedule, what makes the optimizer, a network without memory, and the method.
+
+    Raises:
+        ConfigError: a value that is not allowed, with its key.
+    """
+    import torch
+
+    from okddip.data.loader import seed_of
+    from okddip.data.options import check_options
+
+    for group in ("dataset", "tracking"):  # made later
+        check_arguments(group, config[group])
     trainer = make("trainer", config.trainer, choose_gpu=choose_gpu)
     schedule = make("scheduler", config.scheduler, epochs=trainer.epochs)
     check_options(config.dataset)
     make_optimizer = optimizer_factory(config)
-    make_backbone = partial(make, "model", config.model)
     with torch.device("meta"):
-        probe = make_backbone(num_classes=2, in_channels=3)
+        probe = make("model", config.model, num_classes=2, in_channels=3)
     torch.manual_seed(seed_of(config.seed, 1))
     method = make(
         "method",
@@ -104,20 +137,7 @@ def build(config: DictConfig, make_dataset: Callable[[DictConfig], Dataset] | No
         trunk_channels=probe.trunk_channels,
         epochs=trainer.epochs,
     )
-    check_memory(probe, method, trainer.device, config.options.model)
-    tracker = make("tracking", config.tracking) if distributed.rank() == 0 else NoTracking()
-    tracker.open()
-    teacher = open_teacher(config, partial(train, build=build)) if config.method.get("teacher") else None
-
-    with distributed.local_rank_0_first():
-        dataset = make("dataset", config.dataset) if make_dataset is None else make_dataset(config.dataset)
-    check_image_size(config, probe, dataset)
-    torch.manual_seed(seed_of(config.seed, 2))
-    network = None if teacher is None else check_teacher(config, teacher, dataset)
-    group, method = build_group(config, make_backbone, method, dataset, trainer, network)
-    optimizer = make_optimizer([*group.parameters(), *method.parameters()])
-    known = {} if teacher is None else describe_teacher(teacher)
-    return Parts(trainer, tracker, dataset, group, method, optimizer, schedule, known)
+    return trainer, schedule, make_optimizer, probe, method
 
 
 def optimizer_factory(config: DictConfig) -> Callable[..., Any]:
@@ -137,20 +157,6 @@ def optimizer_factory(config: DictConfig) -> Callable[..., Any]:
             f"optimizer: {error}. See conf/optimizer and the optimizer's documentation."
         ) from error
     return make_optimizer
-
-
-def check_image_size(config: DictConfig, probe: Backbone, dataset: Dataset) -> None:
-    """Refuse images that are too small for the model.
-
-    Raises:
-        Incompatible: names both.
-    """
-    if min(dataset.image_size) < probe.minimum_size:
-        raise Incompatible(
-            f"model={config.options.model}: takes images of at least {probe.minimum_size} pixels a side, and"
-            f" those of dataset={config.options.dataset} have {'x'.join(map(str, dataset.image_size))}."
-            " Choose another model, or set dataset.image_size where the data set has it."
-        )
 
 
 def build_group(

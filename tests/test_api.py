@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import Answer
 from hydra import compose, initialize_config_dir
@@ -155,6 +156,30 @@ def test_options_of_ones_own_are_found(tmp_path: Path) -> None:
     assert api.overrides_of(config) == ["--config-dir=mine", "model=small", "seed=2"]
     with pytest.raises(ConfigError, match="--config-dir=nowhere: there is no such folder"):
         okddip.compose(["--config-dir", "nowhere"])
+
+
+def test_paths_are_taken_as_typed() -> None:
+    for path in ("фото", "photos (1)", "lr=0.1,seed=1"):
+        config = okddip.compose([*SMALL, "dataset=image_folder", f"dataset.root={path}"])
+        assert config.dataset.root == path
+        assert api.overrides_of(config) == config.command
+    assert okddip.compose(["dataset.root=~/x"]).dataset.root == str(Path.home() / "x")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.epochs=-1", "trainer.epochs=-1"),
+        ("+dataset.rooot=x", "dataset.rooot: is no option of okddip.data.dataset.Dataset. Did you mean"),
+        ("+tracking.experimnt=x", "tracking.experimnt: is no option of"),
+        ("method.peers=2", "method.peers=2: OKDDip takes at least 3"),
+    ],
+)
+def test_a_configuration_is_checked_where_it_is_composed(override: str, message: str) -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        okddip.compose(["dataset=digits", override])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_a_failing_run_is_marked_failed(okddip: Okddip, tmp_path: Path) -> None:
         (["~optimizer.lr"], "optimizer.lr: is not in the configuration"),
         (["~trainer.epochs"], "trainer.epochs: is not in the configuration"),
         (["~seed"], "seed"),
-        (["+method.foo=1"], "unexpected keyword argument 'foo'"),
+        (["+method.foo=1"], "method.foo: is no option of okddip."),
         (["optimizer._partial_=1"], "_partial_"),
         (["~method._target_"], "method._target_: names what is to be made, and is not there"),
         (["~task"], "task._target_=None: is no function"),

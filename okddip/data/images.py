@@ -1,5 +1,6 @@
 """Image files: read whatever their format, converted to 8 bits in RGB or grey, scaled."""
 
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from okddip.text import for_terminal
 FORMATS = ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM"]
 if "avif" in features.modules and features.check_module("avif"):  # since Pillow 11.3, if built with it
     FORMATS.append("AVIF")
+# Pillow warns of damaged metadata, which cost an image nothing, with a line of its own code
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 MOST_ELONGATED = 16  # of the sides of an image that is scaled whole
 BRIGHTEST = "brightest"  # in an image's `info`: of a 16-bit image, the largest value before it is scaled
 

@@ -69,11 +69,16 @@ class MLflow:
         """Reach the store; create its tables and the experiment if they are absent.
 
         Raises:
-            ConfigError: the store cannot be opened, a switch is neither on nor off, or system metrics are
-                wanted and what measures them is not installed.
+            ConfigError: the store cannot be opened, the experiment has no name, a switch is neither on nor
+                off, or system metrics are wanted and what measures them is not installed.
         """
         check_choice("tracking.checkpoints", self.checkpoints, (True, False))
         check_choice("tracking.system_metrics", self.system_metrics, (True, False))
+        if not self.experiment:
+            raise ConfigError(
+                "tracking.experiment: is empty. Give a name; if the variable MLFLOW_EXPERIMENT_NAME is set to"
+                " nothing, unset it."
+            )
         if self.system_metrics and find_spec("psutil") is None:
             raise ConfigError(
                 "tracking.system_metrics=true: needs psutil, and nvidia-ml-py for NVIDIA's GPUs:"

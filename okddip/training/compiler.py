@@ -35,7 +35,7 @@ def missing_on_cpu() -> str | None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        return f"a C++ compiler ({os.environ.get('CXX', 'g++')}; the variable CXX names another)"
+        return f"a C++ compiler ({os.environ.get('CXX') or 'g++'}; the variable CXX names another)"
     return None
 
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -14,6 +15,25 @@ from okddip.models.group import PeerGroup
 from okddip.outputs import GroupOutput
 
 BATCH = 2  # the least that batch norm takes in training
+
+
+def check_image_size(probe: Backbone, size: tuple[int, int], options: Mapping[str, str]) -> None:
+    """Refuse images that are too small for the model.
+
+    Args:
+        probe: the model.
+        size: (height, width) of the images.
+        options: what `model` and `dataset` are called, for the message.
+
+    Raises:
+        Incompatible: names both.
+    """
+    if min(size) < probe.minimum_size:
+        raise Incompatible(
+            f"model={options['model']}: takes images of at least {probe.minimum_size} pixels a side, and"
+            f" those of dataset={options['dataset']} have {'x'.join(map(str, size))}."
+            " Choose another model, or set dataset.image_size where the data set has it."
+        )
 
 
 def check_memory(backbone: Backbone, method: Method, device: torch.device, name: str) -> None:
