@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -77,44 +77,26 @@ def decode(
     Returns:
         The images, and of each 16-bit image the largest value.
     """
-    brightest: dict[int, int] = {}  # of file number, as threads find them in any order
-    unreadable: dict[int, str] = {}
-    other_sizes: dict[int, str] = {}
-
-    def read(index: int) -> Image.Image | None:
-        try:
-            image = read_image(files[index], channels)
-        except ConfigError as error:
-            unreadable[index] = str(error)
-            return None
-        if BRIGHTEST in image.info:
-            brightest[index] = image.info[BRIGHTEST]
-        return image
-
-    def scaled(image: Image.Image) -> np.ndarray:  # [H, W, C]
-        if size is not None and image.size != (size[1], size[0]):
-            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
-        return np.asarray(image).reshape(image.height, image.width, channels)
-
+    reader = Reader(files, size, channels)
     description = for_terminal(description)
-    number, model = next(
-        ((index, image) for index in range(len(files)) if (image := read(index)) is not None), (0, None)
+    number, first = next(
+        ((index, image) for index in range(len(files)) if (image := reader.read(index)) is not None),
+        (0, None),
     )
-    if model is None:
-        refused.extend(unreadable.values())
+    if first is None:
+        refused.extend(reader.unreadable.values())
         return torch.empty(0, 0, 0, channels, dtype=torch.uint8), []
-    first = scaled(model)
     check_memory(description, (len(files), *first.shape))
     images = np.empty((len(files), *first.shape), dtype=np.uint8)
+    other_sizes: dict[int, str] = {}
     stop = threading.Event()
 
     def fill(start: int) -> int:
         for index, path in enumerate(files[start : start + CHUNK], start):
             if stop.is_set():
                 break
-            if index < number or (file := read(index)) is None:
+            if index < number or (image := reader.read(index)) is None:
                 continue
-            image = scaled(file)
             if image.shape == first.shape:
                 images[index] = image
                 continue
@@ -129,27 +111,71 @@ def decode(
 
     # Pillow decodes without Python's lock; for small images the time is in Python: at 32x32 two
     # threads were measured to take twice as long as one
-    threads = 1 if model.width * model.height < SMALL else min(16, os.cpu_count() or 1)
+    threads = 1 if reader.pixels[number] < SMALL else min(16, os.cpu_count() or 1)
+    in_threads(fill, len(files), threads, stop, description)
+    if len(other_sizes) >= MOST_OF_OTHER_SIZES:
+        refused.append(
+            f"{description}: after {len(other_sizes)} images of another size the rest was not decoded."
+        )
+    refused.extend(sentence for _, sentence in sorted((reader.unreadable | other_sizes).items()))
+    return torch.from_numpy(images), list(reader.brightest.values())
+
+
+class Reader:
+    """Reads files of images, in any order, and keeps what was noticed.
+
+    Attributes:
+        unreadable: by the number of a file, why it cannot be read.
+        brightest: by the number of a file, the largest value of a 16-bit image.
+        pixels: by the number of a file, how many it has before it is scaled.
+    """
+
+    def __init__(self, files: Sequence[str], size: tuple[int, int] | None, channels: int) -> None:
+        self.files, self.size, self.channels = files, size, channels
+        self.unreadable: dict[int, str] = {}
+        self.brightest: dict[int, int] = {}
+        self.pixels: dict[int, int] = {}
+
+    def read(self, index: int) -> np.ndarray | None:
+        """An image as uint8 [H, W, C], scaled if there is a size; None if it cannot be read."""
+        try:
+            image = read_image(self.files[index], self.channels)
+        except ConfigError as error:
+            self.unreadable[index] = str(error)
+            return None
+        self.pixels[index] = image.width * image.height
+        if BRIGHTEST in image.info:
+            self.brightest[index] = image.info[BRIGHTEST]
+        if self.size is not None and image.size != (self.size[1], self.size[0]):
+            image = ImageOps.fit(image, (self.size[1], self.size[0]), Image.Resampling.BILINEAR)
+        return np.asarray(image).reshape(image.height, image.width, self.channels)
+
+
+def in_threads(
+    fill: Callable[[int], int], count: int, threads: int, stop: threading.Event, description: str
+) -> None:
+    """Call `fill` with the number of each `CHUNK`'s first file, and show how many files are done.
+
+    Args:
+        fill: returns how many files it has done.
+        count: of all files.
+        stop: is set where an exception, a signal's too, ends the work.
+        description: label of the progress bar.
+    """
     hidden = hide_progress_bar()
     if hidden:
-        print(f"{description}: {len(files):,} images", file=sys.stderr)
+        print(f"{description}: {count:,} images", file=sys.stderr)
     with (
-        tqdm(total=len(files), desc=description, unit=" images", disable=hidden) as bar,
+        tqdm(total=count, desc=description, unit=" images", disable=hidden) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
         try:
-            for done in pool.map(fill, range(0, len(files), CHUNK)):
+            for done in pool.map(fill, range(0, count, CHUNK)):
                 bar.update(done)
         except BaseException:  # a signal too: Slurm waits half a minute for the end
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    if len(other_sizes) >= MOST_OF_OTHER_SIZES:
-        refused.append(
-            f"{description}: after {len(other_sizes)} images of another size the rest was not decoded."
-        )
-    refused.extend(sentence for _, sentence in sorted((unreadable | other_sizes).items()))
-    return torch.from_numpy(images), list(brightest.values())
 
 
 def decode_cached(
