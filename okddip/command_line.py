@@ -197,7 +197,8 @@ def override_as_typed(override: str, sweeps: bool) -> str:
         return override
     whole = parsed(override)
     if sweeps and not Path(value).expanduser().exists():
-        if SWEEP_FUNCTION.match(value) or (whole is not None and whole.is_sweep_override()):
+        in_quotes = value.startswith(("'", '"'))  # Hydra's: commas in them part nothing
+        if SWEEP_FUNCTION.match(value) or (whole is not None and (whole.is_sweep_override() or in_quotes)):
             return override
         return f"{key}=" + ",".join(value_as_typed(name, part) for part in value.split(","))
     return f"{key}={value_as_typed(name, value)}"

@@ -60,6 +60,7 @@ def test_a_tilde_is_the_home_of_places_alone() -> None:
 def test_commas_part_the_values_of_a_sweep_unless_a_path_has_them(tmp_path: Path) -> None:
     assert as_typed(["checkpoint=a,b", "-m"]) == ["checkpoint=a,b", "-m"]
     assert as_typed(["checkpoint=a,b", "--multi"])[0] == "checkpoint=a,b"
+    assert as_typed([r"name='it\'s,odd'", "-m"])[0] == r"name='it\'s,odd'"
     assert as_typed(["dataset.root=glob(*)", "-m"])[0] == "dataset.root=glob(*)"
     assert (
         as_typed(["dataset.root=фото,b (1),c", "multirun_presets=methods"])[0]

@@ -316,7 +316,7 @@ def test_a_run_of_two_machines_goes_on_whichever_rank_was_killed(
 ) -> None:
     machines = launch("tracking=none", "trainer.epochs=8", "trainer.tf32=true", restarts=2)
     said = "".join(err for _, err in (machine.communicate(timeout=240) for machine in machines))
-    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for all" in said
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all" in said
 
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     machines = launch("tracking=none", "trainer.epochs=8", "trainer.tf32=true", restarts=2)
