@@ -23,8 +23,8 @@ ADDRESS = re.compile(rf"file://(/.*)/({ARTIFACTS}(?:/.*)?)")
 def follow_move(engine: "Engine", file: Path) -> None:
     """Change the absolute paths in a store to where they lead now, as far as they led into its old folder.
 
-    What is in the old folder still, and not in the new one, stays where it is: a store may have been copied
-    alone.
+    What is not in the new folder keeps its address: a store may have been copied alone, or its artifacts may
+    lie on a disk that is away just now.
 
     Args:
         engine: of the store.
@@ -54,15 +54,15 @@ def follow_move(engine: "Engine", file: Path) -> None:
         if not left:
             return
         for table, column, key, name, _, match in addresses:
-            old, below = Path(unquote(match[1])), unquote(match[2])
-            if old in left and (table == "experiments" or is_here(old / below, here / below)):
+            is_here = table == "experiments" or (here / unquote(match[2])).exists()  # or will be, of new runs
+            if is_here and Path(unquote(match[1])) in left:
                 change = text(f"UPDATE {table} SET {column} = :address WHERE {key} = :name")
                 connection.execute(change, {"address": f"{here.as_uri()}/{match[2]}", "name": name})
         tags = text("SELECT run_uuid, key, value FROM tags WHERE key IN ('folder', :lock)")
         for run_id, key, value in connection.execute(tags, {"lock": LOCK}).all():
             for old in left & set(Path(value).parents):
                 place = here / Path(value).relative_to(old)
-                if is_here(Path(value), place):
+                if place.exists():
                     change = text("UPDATE tags SET value = :place WHERE run_uuid = :run AND key = :key")
                     connection.execute(change, {"place": str(place), "run": run_id, "key": key})
         connection.commit()
@@ -81,8 +81,3 @@ def was_left(old: Path, file: Path) -> bool:
         return (old / file.name).exists() or not (old / ARTIFACTS).exists()
     except OSError:  # it is not there, or not for this user
         return True
-
-
-def is_here(old: Path, new: Path) -> bool:
-    """Whether a file or folder came along; what is in neither place is awaited in the new one."""
-    return new.exists() or not old.exists()

@@ -74,6 +74,16 @@ def test_a_store_that_is_copied_alone_finds_what_was_left_behind(project: Path, 
     assert checkpoint_of(tmp_path / "alone", *runs) == "first"
 
 
+def test_what_is_away_for_a_while_is_found_when_it_is_back(project: Path, tmp_path: Path) -> None:
+    runs = runs_of(project)
+    (tmp_path / "store").mkdir()
+    (project / "mlflow.db").rename(tmp_path / "store" / "mlflow.db")
+    away = project.rename(tmp_path / "away")  # as a disk that is not mounted
+    assert runs_of(tmp_path / "store") == runs
+    away.rename(project)
+    assert checkpoint_of(tmp_path / "store", *runs) == "first"
+
+
 def test_a_store_under_another_name_of_its_folder_is_not_moved(project: Path, tmp_path: Path) -> None:
     runs = runs_of(project)
     (tmp_path / "link").symlink_to(project)
