@@ -2,9 +2,30 @@
 
 from typing import Any
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+FIRST_WITHOUT_DRIVER = (2, 14)  # release of PyTorch that is known to pretend without the driver of CUDA
+
+
+def pretends_cuda() -> bool:
+    """Whether tensors can pretend to be on a GPU here. PyTorch 2.9 asks the driver even then."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= FIRST_WITHOUT_DRIVER:
+        return True
+    try:
+        with FakeTensorMode():
+            torch.empty(1, device="cuda").uniform_()
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_pretended_cuda = pytest.mark.skipif(
+    not pretends_cuda(), reason=f"PyTorch {torch.__version__} pretends to be on CUDA only where its driver is"
+)
 
 
 class OneDevice(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """What a method is: it turns the outputs of a group of peers into losses and predictions."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,14 +33,22 @@ class Method(nn.Module):
     Attributes:
         predictors: names of the networks and ensembles whose accuracy is measured.
         ramp: weight of the distillation terms in a 0-based epoch.
-        primary: the predictor that stands for the method, or `mean`, the mean of the peers' accuracies.
+        primary: the predictor that stands for the method, or `mean`, the mean of the peers' accuracies, or
+            `ema/mean`, that of their moving averages.
         kept: index of the peer that is kept for inference.
         auxiliary: the first so many peers are those that `mean`, `ensemble` and diversity cover.
+        needs_averages: `GroupOutput.averages` has the logits of the peers' moving averages in training too.
+        needs_maps: the group hands over the peers' last feature maps in `GroupOutput.maps`.
+        views: how many augmented views of a batch training takes: 1, or one for each peer.
+        combination: the predictor that `combine` computes, so that it can be exported; None: there is none.
     """
 
     fewest_peers: ClassVar[int] = 2
     most_peers: ClassVar[int | None] = None
     refused_structures: ClassVar[dict[str, str]] = {}  # structure -> reason
+    needs_averages: bool = False
+    needs_maps: ClassVar[bool] = False
+    combination: str | None = None
 
     def __init__(
         self,
@@ -50,7 +58,12 @@ class Method(nn.Module):
         feature_dim: int,
         trunk_channels: int,
         epochs: int,
+        map_channels: int | None = None,
+        feature_dims: Sequence[int] | None = None,
         rescale: bool = False,
+        weight_decay: float | None = None,
+        views: str = "shared",
+        ema_decay: float | None = None,
     ) -> None:
         """
         Args:
@@ -59,7 +72,14 @@ class Method(nn.Module):
             feature_dim: D, length of a peer's feature vector.
             trunk_channels: c, channels of the feature map where the trunk ends.
             epochs: length of the run, to which a `ramp_epochs` below 1 is relative.
+            map_channels: c', channels of the last feature maps; None: D; 0: those of the peers differ.
+            feature_dims: the length of each peer's features, where networks differ; zeros follow up to D.
             rescale: multiply the gradient that peers send into the trunk by 1/P.
+            weight_decay: of what the method itself learns; None: the optimizer's, as for the peers.
+            views: `shared`, all peers see the same augmented images in training, or `each`, every peer its
+                own augmentation of them. With a shared trunk the trunk sees all P views.
+            ema_decay: of moving averages of the peers, which are measured as further predictors; see
+                `MovingAverages`. None: there are none.
 
         Raises:
             ConfigError: a value is out of range, or the structure makes no sense for this method.
@@ -72,8 +92,24 @@ class Method(nn.Module):
             raise Incompatible(str(error)) from None
         check_choice("method.structure", structure, ("branch", "network"))
         check_choice("method.rescale", rescale, (True, False))
+        check_choice("method.views", views, ("shared", "each"))
+        if ema_decay is not None:
+            check_number("method.ema_decay", ema_decay, minimum=0, below=1)
+        elif self.needs_averages:
+            raise ConfigError(
+                "method.ema_decay=null: this method learns from moving averages of the peers, or keeps one;"
+                " give their decay, such as 0.999."
+            )
+        if weight_decay is not None:
+            check_number("method.weight_decay", weight_decay, minimum=0)
         if structure in self.refused_structures:
             raise Incompatible(f"method.structure={structure}: {self.refused_structures[structure]}")
+        if self.needs_maps and map_channels == 0:
+            raise Incompatible(
+                "model.peers: this method fuses the last feature maps of all peers, and those of these"
+                " networks have different numbers of channels. Choose networks with equal maps, or another"
+                " method."
+            )
         if rescale and structure == "network":
             raise Incompatible(
                 "method.rescale=true: scales the gradient where a shared trunk ends, and networks share none."
@@ -83,8 +119,13 @@ class Method(nn.Module):
         self.structure = structure
         self.feature_dim = feature_dim
         self.trunk_channels = trunk_channels
+        self.map_channels = feature_dim if map_channels is None else map_channels
+        self.feature_dims = (feature_dim,) * peers if feature_dims is None else tuple(feature_dims)
         self.epochs = epochs
         self.rescale = rescale
+        self.weight_decay = weight_decay
+        self.ema_decay = ema_decay
+        self.views = peers if views == "each" else 1
         self.auxiliary = peers
         self.kept = 0
         self.primary = "mean"
@@ -94,11 +135,42 @@ class Method(nn.Module):
     def predictors(self) -> tuple[str, ...]:
         return (*(f"peer{i}" for i in range(self.peers)), "ensemble")
 
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """The moving averages of the peers among the predictors: `ema/peer0`..."""
+        names = self.predictors[: self.peers] if self.ema_decay is not None else ()
+        return tuple(f"ema/{name}" for name in names)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """All predictors whose accuracy evaluations measure, in the order of `Losses.predictions`."""
+        return (*self.predictors, *self.averaged)
+
+    @property
+    def means(self) -> dict[str, slice]:
+        """The means over peers that are logged, by name: of which predictors in `measured`."""
+        if self.peers == 1:
+            return {}
+        first = len(self.predictors)
+        means = {"mean": slice(0, self.auxiliary), "ema/mean": slice(first, first + self.auxiliary)}
+        return means if self.averaged else {"mean": means["mean"]}
+
+    def prepare(self, classes: int) -> None:
+        """Make what depends on the number of classes K, which is known once the data are.
+
+        Called once, before the parameters go to the optimizer.
+        """
+
+    def combine(self, output: GroupOutput) -> Tensor:
+        """The logits [B, K] of `combination`: an ensemble by what the method has learned."""
+        raise TypeError(f"{type(self).__name__} does not define combine(output)")
+
     def losses(self, output: GroupOutput, labels: Tensor, ramp: Tensor) -> Losses:
         """The loss of one batch; runs in at least single precision, whatever the network's precision.
 
         Args:
-            output: logits [P, B, K], features [P, B, D], trunk [B, c, h, w] or None.
+            output: logits [P, B, K], features [P, B, D], trunk [B, c, h, w] or None; see `GroupOutput`. The
+                trunk's output alone is in the network's precision: it is large, and few methods read it.
             labels: [B]. B is 0 where a short batch leaves nothing for a rank; the loss is then 0.
             ramp: 0-dim, weight of the distillation terms in this epoch. A tensor, since a compiled step
                 would be compiled anew for each value of a Python float.
@@ -109,10 +181,11 @@ class Method(nn.Module):
         # Under autocast einsum and softmax return bf16 even for float inputs, and divergences of nearly
         # equal distributions come out negative.
         with torch.autocast(output.logits.device.type, enabled=False):
-            output = output._replace(
-                logits=at_least_single(output.logits), features=at_least_single(output.features)
-            )
-            return self.losses(output, labels, ramp)
+            output = in_single(output)
+            losses = self.losses(output, labels, ramp)
+            if output.averages is None:
+                return losses
+            return losses._replace(predictions=torch.cat([losses.predictions, output.averages]))
 
 
 class Distillation(Method):
@@ -147,6 +220,12 @@ class Distillation(Method):
         self.loss = loss
         self.alpha = alpha
         self.has_ramp = ramp_epochs is not None
+        check_number("method.ramp_start", ramp_start, minimum=0, maximum=1)
+        if ramp_epochs is None and ramp_start > 0:
+            raise ConfigError(
+                f"method.ramp_start={ramp_start}, method.ramp_epochs=null: there is no ramp that could begin"
+                " later. Give method.ramp_epochs too, such as 80, or leave method.ramp_start out."
+            )
         if ramp_epochs is not None:
             self.ramp = Ramp(ramp_epochs, ramp_start, self.epochs)
         self.detach_targets = detach_targets
@@ -198,6 +277,17 @@ class Ramp:
 def with_ensemble(logits: Tensor, auxiliary: int) -> Tensor:
     """The peers' logits and, last, the mean of the first `auxiliary` of them, [P, B, K] to [P + 1, B, K]."""
     return torch.cat([logits, logits[:auxiliary].mean(0, keepdim=True)])
+
+
+def in_single(output: GroupOutput) -> GroupOutput:
+    """All logits, features and maps in at least single precision; the trunk's output stays as it is."""
+    return output._replace(
+        logits=at_least_single(output.logits),
+        features=at_least_single(output.features),
+        teacher=None if output.teacher is None else at_least_single(output.teacher),
+        averages=None if output.averages is None else at_least_single(output.averages),
+        maps=None if output.maps is None else at_least_single(output.maps),
+    )
 
 
 def at_least_single(tensor: Tensor) -> Tensor:

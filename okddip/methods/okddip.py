@@ -1,5 +1,6 @@
 """OKDDip: online knowledge distillation with diverse peers (Chen et al., AAAI 2020; train_GL.py)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class OKDDip(Distillation):
             attention: learn the weights of the mixtures; false: each is the uniform mean.
             include_self: a peer's own logits take part in its mixture.
             aggregate: mix the peers' `logits`, before the softmax, or their softened `probabilities`.
-            projection_factor: query and key have D / projection_factor features.
+            projection_factor: query and key have D / projection_factor features. Where auxiliary peers have
+                features of different lengths, each length has its projections, and D is the shortest.
             settings: see `Distillation`. With `detach_targets` the attention weights keep their gradient, or
                 the projections would learn nothing.
         """
@@ -52,21 +54,23 @@ class OKDDip(Distillation):
                 " leader (2 with method.leader=false)."
             )
         check_choice("method.aggregate", aggregate, ("logits", "probabilities"))
-        check_number(
-            "method.projection_factor", projection_factor, minimum=1, maximum=self.feature_dim, integer=True
-        )
         self.leader = leader
         self.include_self = include_self
         self.aggregate = aggregate
         self.auxiliary = self.peers - 1 if leader else self.peers
+        shortest = min(self.feature_dims[: self.auxiliary])
+        check_number("method.projection_factor", projection_factor, minimum=1, maximum=shortest, integer=True)
         self.kept = self.peers - 1 if leader else 0
         self.primary = "leader" if leader else "ensemble"
-        self.query: nn.Linear | None = None
-        self.key: nn.Linear | None = None
+        self.query: nn.Linear | Projections | None = None
+        self.key: nn.Linear | Projections | None = None
         if attention:
-            projection_dim = self.feature_dim // projection_factor
-            self.query = nn.Linear(self.feature_dim, projection_dim, bias=False)
-            self.key = nn.Linear(self.feature_dim, projection_dim, bias=False)
+            lengths, projection_dim = self.feature_dims[: self.auxiliary], shortest // projection_factor
+            if len({*lengths, self.feature_dim}) > 1:
+                self.query, self.key = (Projections(lengths, projection_dim) for _ in range(2))
+            else:
+                self.query = nn.Linear(self.feature_dim, projection_dim, bias=False)
+                self.key = nn.Linear(self.feature_dim, projection_dim, bias=False)
         self.register_buffer("itself", torch.eye(self.auxiliary, dtype=torch.bool), persistent=False)
 
     @property
@@ -127,3 +131,28 @@ class OKDDip(Distillation):
         total = self.weighted(hard, soft, ramp)
         predictions = with_ensemble(output.logits, self.auxiliary)
         return Losses(total, parts, predictions, {"attention": attention.mean(0)})
+
+
+class Projections(nn.Module):
+    """A linear projection for each length of features to one length that all have in common.
+
+    Args:
+        lengths: of each peer's features; peers with equal lengths share a projection.
+        projection_dim: d, what all are projected to.
+    """
+
+    def __init__(self, lengths: Sequence[int], projection_dim: int) -> None:
+        super().__init__()
+        self.lengths = tuple(lengths)
+        self.of_length = nn.ModuleDict(
+            {str(length): nn.Linear(length, projection_dim, bias=False) for length in dict.fromkeys(lengths)}
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [A, B, D], each peer's own followed by zeros, to [A, B, d]."""
+        return torch.stack(
+            [
+                self.of_length[str(length)](feature[:, :length])
+                for feature, length in zip(features, self.lengths, strict=True)
+            ]
+        )

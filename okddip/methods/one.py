@@ -18,6 +18,7 @@ class ONE(Distillation):
     `detach_targets` the gate learns from the labels alone.
     """
 
+    combination: str | None = "teacher"
     refused_structures: ClassVar[dict[str, str]] = {
         "network": "the gate of ONE looks at the output of a shared trunk, and networks share none."
         " Use method.structure=branch."
@@ -32,11 +33,14 @@ class ONE(Distillation):
     def predictors(self) -> tuple[str, ...]:
         return (*super().predictors, "teacher")
 
-    def losses(self, output: GroupOutput, labels: Tensor, ramp: Tensor) -> Losses:
+    def combine(self, output: GroupOutput) -> Tensor:
         assert output.trunk is not None, "ONE needs a group of branches"
         scores = self.gate(at_least_single(output.trunk.mean((2, 3))))  # [B, P]
         weights = scores.relu().softmax(-1)  # [B, P]
-        teacher = torch.einsum("bp,pbk->bk", weights, output.logits)[None]  # [1, B, K]
+        return torch.einsum("bp,pbk->bk", weights, output.logits)
+
+    def losses(self, output: GroupOutput, labels: Tensor, ramp: Tensor) -> Losses:
+        teacher = self.combine(output)[None]  # [1, B, K]
         hard = hard_loss(output.logits, labels) + hard_loss(teacher, labels)
         targets = self.soften(self.sources(teacher)).expand_as(output.logits)  # [P, B, K]
         soft = self.soft_loss(output.logits, targets)

@@ -3,8 +3,10 @@
 import difflib
 import operator
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torchvision
@@ -77,9 +79,31 @@ def torchvision_model(
     end = cuts[split]
     index = nodes.index(end)
     trunk = part(model, nodes[0], nodes[1 : index + 1])
-    head = part(model, end, nodes[index + 1 : -1])
-    make_out_of_place(head)
-    return Backbone(trunk, head, classifier, feature_dim=classifier.in_features, trunk_channels=shape(end)[1])
+    later = nodes[index + 1 : -1]
+    maps = last_maps([end, *later])
+    first = later.index(maps) + 1 if maps in later else 0  # after the feature maps
+    stage, pool = part(model, end, later[:first]), part(model, maps, later[first:])
+    for graph_module in (stage, pool):
+        make_out_of_place(graph_module)
+    return Backbone(
+        trunk,
+        TracedHead(OrderedDict(maps=stage, pool=pool)),
+        classifier,
+        feature_dim=classifier.in_features,
+        trunk_channels=shape(end)[1],
+        map_channels=shape(maps)[1],
+    )
+
+
+class TracedHead(nn.Sequential):
+    """A head in two parts, up to the last feature maps and after them; reads weights of heads of one part."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *details: Any) -> None:
+        for name, part in self.named_children():
+            for key in part.state_dict():
+                if f"{prefix}{key}" in state_dict:
+                    state_dict[f"{prefix}{name}.{key}"] = state_dict.pop(f"{prefix}{key}")
+        super()._load_from_state_dict(state_dict, prefix, *details)
 
 
 def build(name: str, num_classes: int) -> nn.Module:
@@ -144,6 +168,19 @@ def allowed_cuts(nodes: Sequence[fx.Node]) -> dict[str, fx.Node]:
     return cuts
 
 
+def last_maps(nodes: Sequence[fx.Node]) -> fx.Node:
+    """The last image of more than one pixel that is all that later nodes read; the first value if none is."""
+    position = {node: i for i, node in enumerate(nodes)}
+    last_use = {
+        node: max((position[user] for user in node.users if user in position), default=-1) for node in nodes
+    }
+    for i in range(len(nodes) - 1, 0, -1):
+        alone = all(last_use[node] <= i for node in nodes[:i])
+        if alone and is_image(shape(nodes[i])) and shape(nodes[i])[2] > 1:
+            return nodes[i]
+    return nodes[0]
+
+
 def shape(node: fx.Node) -> Sequence[int]:
     """The shape of a node's value, empty if that is not a tensor."""
     return getattr(node.meta.get("tensor_meta"), "shape", ())
@@ -160,7 +197,7 @@ def part(model: nn.Module, start: fx.Node, nodes: Sequence[fx.Node]) -> fx.Graph
     copies = {start: graph.placeholder("x")}
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[nodes[-1]])
+    graph.output(copies[nodes[-1] if nodes else start])
     return fx.GraphModule(model, graph)
 
 

@@ -107,10 +107,13 @@ def read(sums: Sums, method: Method) -> dict[str, float]:
             metrics |= {key: entry / images for key, entry in entries(name, value)}
             continue
         accuracies = [100 * hits / images for hits in value]
-        by_predictor = dict(zip(method.predictors, accuracies, strict=True))
-        if method.peers > 1:
-            by_predictor["mean"] = sum(accuracies[: method.auxiliary]) / method.auxiliary
-        metrics[name] = by_predictor[method.primary]
+        # moving averages come last, and are not measured in training where no loss needs them
+        by_predictor = dict(zip(method.measured, accuracies, strict=False))
+        for mean, place in method.means.items():
+            if chosen := accuracies[place]:
+                by_predictor[mean] = sum(chosen) / len(chosen)
+        if method.primary in by_predictor:
+            metrics[name] = by_predictor[method.primary]
         metrics |= {f"{predictor}/{name}": accuracy for predictor, accuracy in by_predictor.items()}
     return metrics
 

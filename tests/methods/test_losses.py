@@ -13,6 +13,10 @@ METHODS = {
     "dml pairwise": ["method.target=pairwise"],
     "cl_ilr": [],
     "one": [],
+    "kdcl": [],
+    "kdcl naive": ["method.target=naive"],
+    "ffl": [],
+    "pcl": [],
 }
 
 
@@ -36,8 +40,11 @@ def test_under_autocast_losses_stay_in_single_precision_and_divergences_positive
     logits = same + 1e-2 * torch.randn(4, 16, 10, dtype=torch.bfloat16)
     features = torch.randn(4, 16, 64, dtype=torch.bfloat16)
     trunk = torch.randn(16, 32, 4, 4, dtype=torch.bfloat16)
+    averages = logits + 1e-2 * torch.randn_like(logits) if method.needs_averages else None
+    maps = torch.randn(4, 16, 64, 4, 4, dtype=torch.bfloat16)
+    output = GroupOutput(logits, features, trunk, averages=averages, maps=maps)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = method(GroupOutput(logits, features, trunk), torch.randint(10, (16,)), torch.tensor(1.0))
+        losses = method(output, torch.randint(10, (16,)), torch.tensor(1.0))
     soft = [value for part, value in losses.parts.items() if part != "hard"]
     assert losses.predictions.dtype == losses.total.dtype == torch.float32
     assert soft

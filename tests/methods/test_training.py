@@ -12,8 +12,11 @@ from okddip.data.sources import digits
 from okddip.methods.base import Losses, Method
 from okddip.models.group import PeerGroup
 from okddip.models.resnet import resnet
+from okddip.training.peers import make_group
 
 MakeMethod = Callable[..., Method]
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 # option, overrides, structure
 CASES = [
@@ -35,6 +38,20 @@ CASES = [
     ("okddip", ["method.include_self=false"], "branch"),
     ("okddip", ["method.detach_targets=true"], "branch"),
     ("okddip", ["method.aggregate=probabilities"], "branch"),
+    ("okddip", ["method.views=each"], "branch"),
+    slow("dml", ["method.views=each", "method.ema_decay=0.9"], "network"),
+    ("kdcl", [], "network"),
+    ("kdcl", ["method.target=naive"], "branch"),
+    slow("kdcl", ["method.target=mean", "method.views=shared"], "network"),
+    ("ffl", [], "branch"),
+    ("ffl", ["method.peers=3"], "network"),
+    slow("ffl", ["method.ensemble_to_fusion=false"], "branch"),
+    slow("ffl", ["method.fusion_to_peers=false"], "branch"),
+    slow("ffl", ["method.views=each", "method.ema_decay=0.9"], "branch"),
+    ("pcl", [], "branch"),
+    slow("pcl", ["method.views=shared"], "branch"),
+    ("pcl", ["method.ensemble=false"], "network"),
+    ("pcl", ["method.mean_teacher=false"], "branch"),
 ]
 every_method_and_structure = pytest.mark.parametrize(("option", "overrides", "structure"), CASES)
 
@@ -56,14 +73,15 @@ def make_pair(make_method: MakeMethod) -> Callable[..., tuple[PeerGroup, Method]
         method = make_method(option, *overrides)
         make_backbone = partial(resnet, depth=8, num_classes=10, in_channels=1)
         teacher = make_backbone() if option == "kd" else None
-        group = PeerGroup(make_backbone, method.peers, method.structure, method.rescale, teacher)
-        return group, method
+        return make_group(make_backbone, method, teacher), method
 
     return make
 
 
 def run(group: PeerGroup, method: Method) -> Losses:
     images, labels = batch()
+    if method.views > 1:  # of each image as many, each moved by another pixel
+        images = torch.stack([images.roll(view, -1) for view in range(method.views)], 1)  # [B, P, C, H, W]
     return method(group(images), labels, torch.tensor(1.0))
 
 
@@ -99,13 +117,14 @@ def test_every_parameter_gets_a_gradient(
             assert parameter.grad.abs().max() > 1e-6, name
 
 
-@pytest.mark.parametrize("option", ["independent", "dml", "cl_ilr", "one", "okddip"])
+@pytest.mark.parametrize("option", ["independent", "dml", "cl_ilr", "one", "okddip", "kdcl", "ffl", "pcl"])
 def test_rescaling_divides_the_gradient_of_the_trunk_alone(
     make_pair: Callable[..., tuple[PeerGroup, Method]], option: str
 ) -> None:
     gradients = []
     for rescale in ("false", "true"):
-        group, method = make_pair(option, "method.structure=branch", f"method.rescale={rescale}")
+        overrides = ("method.structure=branch", "method.peers=4", f"method.rescale={rescale}")
+        group, method = make_pair(option, *overrides)
         assert group.rescale == (rescale == "true")
         losses = run(group, method)
         # ONE's gate reads the trunk too, beside the branches

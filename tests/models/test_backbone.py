@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dispatch_watch import needs_pretended_cuda
 from model_options import OPTIONS, factory, parameters
 from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -65,11 +66,11 @@ def test_peers(option: str, structure: str) -> None:
 
     output = group(images)
     assert output.logits.shape == (2, 4, 10)
-    assert output.features.shape == (2, 4, group.feature_dim)
+    assert output.features.shape == (2, 4, group.dimensions[0]["feature_dim"])
     assert not torch.equal(output.logits[0], output.logits[1])  # each has its own initial weights
     if structure == "branch":
         assert output.trunk is not None
-        assert output.trunk.shape[:2] == (4, group.trunk_channels)
+        assert output.trunk.shape[:2] == (4, group.dimensions[0]["trunk_channels"])
     else:
         assert output.trunk is None
     (output.logits.square().sum() + output.features.square().sum()).backward()
@@ -109,6 +110,7 @@ def test_channels_last_is_kept(option: str) -> None:
     assert all(kept)
 
 
+@needs_pretended_cuda
 @pytest.mark.parametrize("option", KINDS)
 def test_forward_names_no_device(option: str) -> None:
     """A group built and run on a pretended GPU stays on it."""

@@ -40,7 +40,7 @@ def test_plain_and_okddip(option: str, classes: int) -> None:
         for structure, count in (("branch", branch), ("network", network)):
             if count is not None:
                 group = PeerGroup(make, peers=4, structure=structure)
-                assert parameters(group) + projections(group.feature_dim) == count[column]
+                assert parameters(group) + projections(backbone.feature_dim) == count[column]
 
 
 @pytest.mark.parametrize("classes", [10, 100])
@@ -48,7 +48,7 @@ def test_plain_and_okddip(option: str, classes: int) -> None:
 def test_one(option: str, classes: int) -> None:
     with torch.device("meta"):
         group = PeerGroup(factory(option, num_classes=classes), peers=4)
-    gate = (group.trunk_channels + 1) * 4 + 2 * 4  # linear, batch norm
+    gate = (group.dimensions[0]["trunk_channels"] + 1) * 4 + 2 * 4  # linear, batch norm
     assert parameters(group) + gate == ONE[option][(10, 100).index(classes)]
 
 
@@ -66,7 +66,7 @@ def test_densenet_branches_own_their_last_block(classes: int) -> None:
     with torch.device("meta"):
         group = PeerGroup(factory("densenet40_12", num_classes=classes), peers=4)
     assert parameters(group) + projections(132) == plain + 3 * own + 2 * 132 * 16
-    assert (group.trunk_channels, group.feature_dim) == (60, 132)
+    assert [group.dimensions[0][name] for name in ("trunk_channels", "feature_dim")] == [60, 132]
 
 
 def test_resnet34_for_imagenet() -> None:

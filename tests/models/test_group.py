@@ -113,3 +113,50 @@ def test_peers_must_be_a_positive_whole_number(peers: float) -> None:
 def test_rescaling_needs_a_shared_trunk() -> None:
     with pytest.raises(ConfigError, match=r"method\.rescale=true: .*shared trunk"):
         PeerGroup(resnet8, peers=2, structure="network", rescale=True)
+
+
+@pytest.mark.parametrize("structure", ["branch", "network"])
+def test_each_peer_sees_its_own_view(structure: str) -> None:
+    group = PeerGroup(resnet8, peers=2, structure=structure).eval()
+    views = torch.randn(3, 2, 3, 16, 16)  # [B, P, C, H, W]
+    output = group(views)
+    for peer in range(2):
+        torch.testing.assert_close(output.logits[peer], group(views[:, peer]).logits[peer])
+    if structure == "branch":
+        torch.testing.assert_close(output.trunk, sum(group(views[:, peer]).trunk for peer in range(2)) / 2)
+
+
+wide = partial(resnet, 10, depth=11, block="bottleneck")  # 256 features, where resnet8 has 64
+
+
+def test_networks_of_different_architectures_stand_side_by_side() -> None:
+    group = PeerGroup([resnet8, wide], 2, "network").eval()
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        output = group(images)
+        for index in range(2):
+            peer = group.extract(index)
+            features = peer.head(peer.trunk(images))
+            assert torch.equal(output.logits[index], peer(images))
+            assert torch.equal(output.features[index, :, : peer.feature_dim], features)
+            assert not output.features[index, :, peer.feature_dim :].any()
+    assert [group.extract(index).feature_dim for index in range(2)] == [64, 256]
+
+
+def test_a_list_of_one_architecture_draws_the_weights_of_equal_peers() -> None:
+    torch.manual_seed(5)
+    equal = PeerGroup(resnet8, 2, "network").state_dict()
+    torch.manual_seed(5)
+    listed = PeerGroup([resnet8, resnet8], 2, "network").state_dict()
+    assert list(equal) == list(listed)
+    assert all(torch.equal(equal[name], listed[name]) for name in equal)
+
+
+def test_what_different_networks_cannot_do_is_refused() -> None:
+    with pytest.raises(ConfigError, match="share no trunk"):
+        PeerGroup([resnet8, wide], 2, "branch")
+    with pytest.raises(ConfigError, match=r"method\.peers=3: there are 2 networks"):
+        PeerGroup([resnet8, wide], 3, "network")
+    group = PeerGroup([resnet8, wide], 2, "network", maps=True)
+    with pytest.raises(ConfigError, match=r"maps of all peers, and those .* \(64x4x4, 256x4x4\)"):
+        group(torch.randn(2, 3, 16, 16))
