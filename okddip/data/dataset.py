@@ -103,6 +103,7 @@ class Dataset:
         channels_last: bool = False,
         share: Share = ALL,
         drop_last: bool = False,
+        views: int = 1,
     ) -> TrainLoader:
         """Shuffled, augmented batches of the training images; of each batch a share. See `TrainLoader`."""
         return TrainLoader(
@@ -117,6 +118,7 @@ class Dataset:
             channels_last=channels_last,
             share=share,
             drop_last=drop_last,
+            views=views,
         )
 
     def eval_loader(

@@ -126,7 +126,10 @@ class _Entries:
             with os.scandir(folder) as entries:
                 found = list(entries)
         except OSError as error:
-            self.problems.append(f"{for_terminal(folder)}: cannot be listed ({error.strerror}).")
+            place = for_terminal(folder)
+            missing = isinstance(error, FileNotFoundError)
+            expected = f"; expected {place}/CLASS/* with images" if missing else ""
+            self.problems.append(f"{place}: cannot be listed ({error.strerror}){expected}.")
             return None
         leftovers = [entry.name for entry in found if is_leftover(entry.name)]
         if not leftovers:

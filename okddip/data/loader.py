@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from okddip.data.augment import Draws, Normalization, augment, draw, normalize
+from okddip.data.copies import DeviceCopies
 from okddip.data.sources import Split
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]  # images and labels; closed by the consumer
@@ -18,11 +19,11 @@ def seed_of(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
-def batch_seed(seed: int, epoch: int, step: int) -> int:
-    """The seed of the random draws of one batch."""
+def batch_seed(seed: int, epoch: int, step: int, view: int = 0) -> int:
+    """The seed of the random draws of one batch, or of one of several views of it."""
     # steps count from 1 here: to SeedSequence (seed, epoch) and (seed, epoch, 0) are the same, and
     # (seed, epoch) is the seed of the epoch's order
-    return seed_of(seed, epoch, step + 1)
+    return seed_of(seed, epoch, step + 1, *((0, view) if view else ()))
 
 
 class Share(NamedTuple):
@@ -71,13 +72,14 @@ class _Loader:
         self.on_device = on_device or device.type == "cpu"  # whose memory is the host's
         place = device if self.on_device else torch.device("cpu")
         self.images, self.labels = split.images.to(place), split.labels.to(place)
+        self.copies = None if self.on_device else DeviceCopies(device)
 
     def __len__(self) -> int:
         return -(-self.size // self.batch_size)
 
     def _take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The images [B, H, W, C] and labels [B] at `indices`, on the device; never waits for it."""
-        if self.on_device:
+        if self.copies is None:
             return self.images.index_select(0, indices), self.labels.index_select(0, indices)
         # gathered into page-locked memory, for whose copy the host does not wait; the
         # allocator hands the buffer out again only after the copy
@@ -85,7 +87,8 @@ class _Loader:
         labels = torch.empty(len(indices), dtype=torch.int64, pin_memory=True)
         torch.index_select(self.images, 0, indices, out=images)
         torch.index_select(self.labels, 0, indices, out=labels)
-        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        images, labels = self.copies(images, labels)
+        return images, labels
 
 
 class TrainLoader(_Loader):
@@ -103,6 +106,7 @@ class TrainLoader(_Loader):
         on_device: whether the images are kept on `device` or stay on the host.
         channels_last: memory format of the batches.
         share: the part of each batch that is yielded; sharing changes no image.
+        views: how many augmentations of each image a batch has; the first is the same for any number.
     """
 
     def __init__(
@@ -119,9 +123,11 @@ class TrainLoader(_Loader):
         channels_last: bool = False,
         share: Share = ALL,
         drop_last: bool = False,
+        views: int = 1,
     ) -> None:
         super().__init__(split, batch_size, device, constants, on_device, channels_last, share)
         self.smallest = batch_size if drop_last else 2
+        self.views = views
         self.seed = seed
         self.pad = pad
         self.flip = flip
@@ -130,17 +136,29 @@ class TrainLoader(_Loader):
         return self.size // self.batch_size + (self.size % self.batch_size >= self.smallest)
 
     def batches(self, epoch: int) -> Batches:
-        """Images [B, C, H, W] float32 and labels [B] of one epoch (counted from 0), on the device."""
+        """Images and labels [B] of one epoch (counted from 0), on the device.
+
+        Images are float32 [B, C, H, W], or [B, V, C, H, W] of several views.
+        """
         # on the CPU, so that ranks agree on the order even if only some keep the images on their device
         shuffler = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-        order = torch.randperm(self.size, generator=shuffler).to(self.images.device)
+        order = torch.randperm(self.size, generator=shuffler, pin_memory=self.images.is_cuda)
+        order = order.to(self.images.device, non_blocking=True)
         drawer = torch.Generator(self.device)
         for step, indices in enumerate(order.split(self.batch_size)[: len(self)]):
             part = self.share.of(len(indices))
             images, labels = self._take(indices[part])
-            drawer.manual_seed(batch_seed(self.seed, epoch, step))
-            draws = Draws(*(x[part] for x in draw(len(indices), drawer, self.pad, self.flip)))
-            yield augment(images, draws, self.constants, self.pad, self.memory_format), labels
+            views = []
+            for view in range(self.views):
+                drawer.manual_seed(batch_seed(self.seed, epoch, step, view))
+                draws = Draws(*(x[part] for x in draw(len(indices), drawer, self.pad, self.flip)))
+                views.append(augment(images, draws, self.constants, self.pad, self.memory_format))
+            yield views_of_batch(torch.cat(views), self.views) if self.views > 1 else views[0], labels
+
+
+def views_of_batch(images: Tensor, views: int) -> Tensor:
+    """View after view of a batch [V * B, ...] as [B, V, ...], where they lie."""
+    return images.unflatten(0, (views, len(images) // views)).transpose(0, 1)
 
 
 class EvalLoader(_Loader):

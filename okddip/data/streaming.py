@@ -22,10 +22,11 @@ from torchvision.transforms import v2
 
 from okddip import distributed
 from okddip.data.augment import Normalization, normalization, normalize
+from okddip.data.copies import DeviceCopies
 from okddip.data.evaluation_images import evaluation_folder, scan_evaluation
 from okddip.data.folder import scan
 from okddip.data.images import read_image, scale_and_crop
-from okddip.data.loader import ALL, Batches, Share, batch_seed, seed_of
+from okddip.data.loader import ALL, Batches, Share, batch_seed, seed_of, views_of_batch
 from okddip.data.options import check_options
 from okddip.data.stratify import hold_out
 from okddip.errors import ConfigError, check_choice, raise_problems
@@ -168,6 +169,7 @@ class StreamingDataset:
         channels_last: bool = False,
         share: Share = ALL,
         drop_last: bool = False,
+        views: int = 1,
     ) -> "StreamingLoader":
         """Shuffled, augmented batches of the training images, or a share of each. See `TrainLoader`."""
         return StreamingLoader(
@@ -180,6 +182,7 @@ class StreamingDataset:
             seed=seed,
             share=share,
             drop_last=drop_last,
+            views=views,
         )
 
     def eval_loader(
@@ -214,7 +217,7 @@ class StreamingLoader:
 
     Args:
         seed: None for all images in order.
-        share, drop_last: see `okddip.data.loader.TrainLoader`.
+        share, drop_last, views: see `okddip.data.loader.TrainLoader`.
     """
 
     def __init__(
@@ -229,8 +232,10 @@ class StreamingLoader:
         seed: int | None,
         share: Share,
         drop_last: bool = False,
+        views: int = 1,
     ) -> None:
         self.share = share
+        self.views = views
         self.smallest = 1 if seed is None else batch_size if drop_last else 2
         self.image_size = dataset.image_size
         self.size = len(files.labels)
@@ -238,6 +243,7 @@ class StreamingLoader:
         self.unread: set[int] = set()  # which, as they are counted in the split
         self.batch_size = batch_size
         self.device = device
+        self.copies = DeviceCopies(device)
         self.seed = seed
         self.bad_images = dataset.bad_images
         self.workers = dataset.workers
@@ -249,8 +255,9 @@ class StreamingLoader:
         return self.size // self.batch_size + (self.size % self.batch_size >= self.smallest)
 
     def batches(self, epoch: int = 0) -> Batches:
-        """Images [B, 3, H, W] float32 and labels [B] of one epoch (counted from 0), on the device.
+        """Images and labels [B] of one epoch (counted from 0), on the device.
 
+        Images are float32 [B, 3, H, W], or [B, V, 3, H, W] of several views.
         Workers decode until it is closed.
 
         Raises:
@@ -280,10 +287,11 @@ class StreamingLoader:
                 alone = 1 if self.seed is not None else 0  # batch norm cannot normalise a single value
                 if len(labels) <= alone:
                     images, labels = torch.empty(0, *self.image_size, 3, dtype=torch.uint8), labels[:0]
+                    images = images.expand(self.views, *images.shape)
                 if len(labels) or self.share.ranks > 1:  # other ranks may have images of this batch
-                    images = images.to(self.device, non_blocking=True)  # [B, H, W, 3] uint8
-                    labels = labels.to(self.device, non_blocking=True)
-                    yield normalize(images, self.constants, self.memory_format), labels
+                    images, labels = self.copies(images, labels)  # [V, B, H, W, 3] uint8
+                    images = normalize(images.flatten(0, 1), self.constants, self.memory_format)
+                    yield views_of_batch(images, self.views) if self.views > 1 else images, labels
 
     def _decoded(self, loader: DataLoader) -> Generator[tuple[Tensor, Tensor, list["Unread"]], None, None]:
         others = set(multiprocessing.active_children())
@@ -324,16 +332,21 @@ class StreamingLoader:
         for first in range(0, self.size, self.batch_size)[: len(self)]:
             places = range(first, min(first + self.batch_size, self.size))
             yield [
-                Draw(int(order[place]), None if self.seed is None else batch_seed(self.seed, epoch, place))
+                Draw(int(order[place]), self._seeds(epoch, place))
                 for place in places[self.share.of(len(places))]
             ]
 
+    def _seeds(self, epoch: int, place: int) -> tuple[int, ...]:
+        if self.seed is None:
+            return ()
+        return tuple(batch_seed(self.seed, epoch, place, view) for view in range(self.views))
+
 
 class Draw(NamedTuple):
-    """Which image, and the seed of its augmentation (None for none)."""
+    """Which image, and the seed of the augmentation of each of its views (empty for one, not augmented)."""
 
     image: int
-    seed: int | None
+    seeds: tuple[int, ...]
 
 
 class Unread(NamedTuple):
@@ -358,10 +371,12 @@ class _Samples(MapDataset):
         try:
             image = read_image(path)
             # the transforms draw from the default generator, which without workers is that of the training
-            with torch.random.fork_rng(devices=[], enabled=draw.seed is not None):
-                if draw.seed is not None:
-                    torch.manual_seed(draw.seed)
-                pixels = np.asarray(self.transform(image))
+            views = []
+            with torch.random.fork_rng(devices=[], enabled=bool(draw.seeds)):
+                for seed in draw.seeds or (None,):
+                    if seed is not None:
+                        torch.default_generator.manual_seed(seed)  # that of the CPU alone
+                    views.append(np.asarray(self.transform(image)))
         except ConfigError as error:
             return Unread(draw.image, str(error))
         except (OSError, ValueError, MemoryError) as error:
@@ -369,11 +384,11 @@ class _Samples(MapDataset):
             return Unread(
                 draw.image, f"{for_terminal(path)}: cannot be scaled ({reason}); remove or replace it."
             )
-        return torch.from_numpy(pixels.copy()), int(self.files.labels[draw.image])
+        return torch.from_numpy(np.stack(views)), int(self.files.labels[draw.image])
 
 
 def _collate(samples: list[tuple[Tensor, int] | Unread]) -> tuple[Tensor, Tensor, list[Unread]]:
     good = [sample for sample in samples if not isinstance(sample, Unread)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
+    views = torch.stack([views for views, _ in good], 1) if good else torch.empty(0, dtype=torch.uint8)
     labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-    return images, labels, [sample for sample in samples if isinstance(sample, Unread)]
+    return views, labels, [sample for sample in samples if isinstance(sample, Unread)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dispatch_watch import OneDevice
+from dispatch_watch import OneDevice, needs_pretended_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import functional as TF
@@ -68,6 +68,7 @@ def test_switching_the_flip_off_leaves_the_crops_as_they_were() -> None:
     assert not off.flip.any()
 
 
+@needs_pretended_cuda
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_on_cuda_nothing_touches_the_host(memory_format: torch.memory_format) -> None:
     with FakeTensorMode(), torch.device("cuda"):

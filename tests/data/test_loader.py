@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from okddip.data.augment import normalization, normalize
-from okddip.data.loader import EvalLoader, TrainLoader, batch_seed, seed_of
+from okddip.data.loader import EvalLoader, Share, TrainLoader, batch_seed, seed_of
 from okddip.data.sources import Split
 from okddip.tasks.benchmark.counting import OperatorCounter
 
@@ -126,11 +126,23 @@ def test_on_a_cpu_keeping_the_images_on_the_host_makes_no_difference() -> None:
         assert torch.equal(labels, other_labels)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("on_device", [True, False])
-def test_on_a_gpu_images_arrive_from_either_memory(on_device: bool) -> None:
-    device = torch.device("cuda")
-    constants = normalization([0.5] * 3, [0.25] * 3, device)
-    loader = EvalLoader(SPLIT, 16, device, constants, on_device=on_device)
-    images = torch.cat([images for images, _ in loader.batches()])
-    torch.testing.assert_close(images.cpu(), normalize(SPLIT.images, CONSTANTS))
+def test_the_first_view_is_the_only_one_of_others_and_each_view_has_its_own_augmentation() -> None:
+    [plain, *_] = train_loader().batches(2)
+    loader = TrainLoader(SPLIT, 16, CPU, CONSTANTS, seed=0, pad=2, flip=True, views=3)
+    batches = list(loader.batches(2))
+    images, labels = batches[0]  # [B, V, C, H, W]
+    assert images.shape == (16, 3, 3, 8, 8)
+    assert torch.equal(labels, plain[1])
+    assert torch.equal(images[:, 0], plain[0])
+    differ = [(images[:, a] != images[:, b]).any().item() for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert differ == [True] * 3
+    shares = [
+        list(
+            TrainLoader(
+                *(SPLIT, 16, CPU, CONSTANTS), seed=0, pad=2, flip=True, views=3, share=Share(rank, 2)
+            ).batches(2)
+        )
+        for rank in range(2)
+    ]
+    for number, (whole, _) in enumerate(batches):  # the last has two images, none for the second rank
+        assert torch.equal(torch.cat([share[number][0] for share in shares]), whole)

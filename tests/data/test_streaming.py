@@ -249,3 +249,12 @@ def test_a_signal_while_workers_decode_leaves_none_of_them(
     while left := multiprocessing.active_children():
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
+
+
+def test_the_first_of_several_views_is_the_one_that_others_see(root: Path) -> None:
+    plain, labels = collect(streamed(root).train_loader(5, CPU, seed=1), epoch=2)
+    views, labels_of_views = collect(streamed(root).train_loader(5, CPU, seed=1, views=2), epoch=2)
+    assert torch.equal(labels, labels_of_views)
+    assert torch.equal(views[:, 0], plain)
+    assert views.shape == (len(labels), 2, 3, 24, 24)
+    assert (views[:, 1] != plain).flatten(1).any(1).all()
