@@ -10,39 +10,27 @@ from functools import partial
 
 import pytest
 import torch
-from dispatch_watch import OneDevice
+from dispatch_watch import OneDevice, needs_pretended_cuda
+from method_cases import CASES, overrides_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from okddip.assembly import CONFIG_HOME
 from okddip.data.augment import Draws, Normalization, augment, normalize
 from okddip.methods.base import Method
-from okddip.models.group import PeerGroup
 from okddip.models.resnet import resnet
 from okddip.training import metrics
-
-METHODS = sorted(path.stem for path in (CONFIG_HOME / "conf" / "method").glob("*.yaml"))
-CASES = [  # the gate of ONE needs a shared trunk
-    (method, structure)
-    for method in METHODS
-    for structure in ("branch", "network")
-    if (method, structure) != ("one", "network")
-]
+from okddip.training.peers import make_group
 
 
+@needs_pretended_cuda
 @pytest.mark.parametrize(("option", "structure"), CASES)
 def test_no_step_touches_a_tensor_on_the_host(
     make_method: Callable[..., Method], option: str, structure: str
 ) -> None:
-    overrides = [f"method.structure={structure}"]
-    if option == "cl_ilr":
-        overrides.append(f"method.rescale={str(structure == 'branch').lower()}")
-    if option == "kd":
-        overrides.append("method.teacher=given")
     with FakeTensorMode(), torch.device("cuda"):
-        method = make_method(option, *overrides)
+        method = make_method(option, *overrides_of(option, structure))
         make_backbone = partial(resnet, depth=8, num_classes=10)
         teacher = make_backbone() if option == "kd" else None
-        group = PeerGroup(make_backbone, method.peers, structure, method.rescale, teacher)
+        group = make_group(make_backbone, method, teacher)
         pixels = torch.zeros(6, 32, 32, 3, dtype=torch.uint8)
         labels = torch.zeros(6, dtype=torch.int64)
         draws = Draws(labels, labels, torch.zeros(6, dtype=torch.bool))
@@ -58,6 +46,7 @@ def test_no_step_touches_a_tensor_on_the_host(
     assert {value.device.type for value in (*sums.values(), losses.total)} == {"cuda"}
 
 
+@needs_pretended_cuda
 @pytest.mark.parametrize("misplaced", ["index", "scalar"])
 def test_the_watch_sees_what_fake_tensors_let_pass(misplaced: str) -> None:
     with FakeTensorMode():

@@ -2,6 +2,15 @@
 
 Without torchrun there is one rank, and everything here does nothing. PyTorch is imported where it is used, so
 that the program can ask for its rank before it composes a configuration.
+
+Ranks talk by NCCL on CUDA and by gloo on CPUs. Order and augmentation are drawn for the whole batch, of
+which each rank takes its share, so the data that a run sees do not depend on the number of ranks (unless
+images that cannot be read are skipped). Running statistics of batch norm are averaged over ranks after each
+epoch. Rank 0 alone makes the run's folder, prints, and logs to MLflow. A rank that fails ends all of them
+with its message. With `--max-restarts=3` torchrun starts a run of which a rank was killed again, and it
+goes on after its last epoch; on several machines that takes TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or
+torchrun gives the new ranks the addresses of the old. A run may go on, by `trainer.resume`, in another
+number of ranks. A sweep does not run under torchrun.
 """
 
 from okddip.distributed.environment import (

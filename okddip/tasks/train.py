@@ -1,7 +1,7 @@
 """The task `train`: a run from its first epoch to its last, or from where it was interrupted."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -11,19 +11,31 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from okddip import distributed, invocation
+from okddip.assembly import PEERS
 from okddip.data.dataset import Dataset
 from okddip.data.weaknesses import weaknesses
+from okddip.deployment.predictors import with_models
+from okddip.errors import ConfigError
+from okddip.files import writing
 from okddip.methods.base import Method
+from okddip.older_versions import FIRST_EPOCH
 from okddip.run import resume
+from okddip.run.cost import cost_tags
 from okddip.run.folder import Run, RunFolder
 from okddip.run.identity import fingerprint, identifying_settings, run_identity
 from okddip.run.parts import Parts
 from okddip.run.same_run import check_same_data
-from okddip.run.summary import log_run_summary, run_note, run_params, tracked_splits
+from okddip.run.summary import log_run_summary, peers_tags, run_note, run_params, tracked_splits
 from okddip.signals import stop_on_signals
 from okddip.sweeps.environment import is_job, job_tags, run_name, teacher_tags
+from okddip.tasks import attention
+from okddip.tasks.attention import write_attention
+from okddip.tasks.threads import choose_threads
+from okddip.text import for_terminal
 from okddip.tracking.address import without_credentials
-from okddip.tracking.status import tracked_to_the_end
+from okddip.tracking.status import log_how_to_open, tracked_to_the_end
+from okddip.tracking.tracker import NoTracking
+from okddip.training.threads import computing_with
 from okddip.version import __version__
 
 log = logging.getLogger(__name__)
@@ -64,19 +76,24 @@ def train_run(
     patient = teacher_folder is not None or is_job()
     with hint as begun, stop_on_signals(), open_on_all_ranks(config, folder, patient=patient) as run:
         begun.append(run)
-        parts = build(config)
-        digests = agreed_digests(parts.dataset)
-        check_same_data(run, parts.dataset, digests)
+        with forgotten_if_refused(run):
+            parts = build(config)
+            digests = agreed_digests(parts.dataset)
+            check_same_data(run, parts.dataset, digests)
         if distributed.rank() == 0:
             run.folder.update_metadata(data=fingerprint(digests), identity=run_identity(config))
+        choose_threads(config, parts, run.state)
         log_run_summary(config, parts, run)
         for weakness in weaknesses(parts.dataset) if distributed.rank() == 0 else ():
             log.warning(weakness)
-        with tracked_to_the_end(parts.tracker):
+        with computing_with(parts.trainer.threads), tracked_to_the_end(parts.tracker):
             start_tracking(config, parts, run, digests, is_teacher=teacher_folder is not None)
             history = fit(config, parts, run, digests)
-            log_results(parts, run, history)
-    log_table(history, parts.method)
+            log_table(history, parts.method, config.model.get(PEERS))
+            log_results(config, parts, run, history)
+            log_files(parts, run, None if teacher_folder else Path(HydraConfig.get().runtime.output_dir))
+    if not (teacher_folder or is_job()):
+        log_how_to_open(parts.tracker)
     return run, history
 
 
@@ -85,10 +102,22 @@ def open_on_all_ranks(config: DictConfig, folder: Path, *, patient: bool) -> Ite
     """The run that rank 0 resumes or begins, for all ranks."""
     if distributed.rank() == 0:
         with resume.open_run(config, folder, patient=patient) as run:
-            distributed.from_rank_0(lambda: (run.folder, run.state))
+            distributed.from_rank_0(lambda: (run.folder, run.state, run.first_epoch))
             yield run
     else:
-        yield Run(*distributed.from_rank_0(lambda: (RunFolder(folder), None)))
+        its_folder, state, first = distributed.from_rank_0(lambda: (RunFolder(folder), None, 1))
+        yield Run(its_folder, state, first_epoch=first)
+
+
+@contextmanager
+def forgotten_if_refused(run: Run) -> Iterator[None]:
+    """Let a new run that is refused before it begins be none: then its folder goes."""
+    try:
+        yield
+    except ConfigError:
+        if distributed.rank() == 0 and run.state is None and not run.reopened:
+            (run.folder.path / "run.json").unlink(missing_ok=True)
+        raise
 
 
 def agreed_digests(dataset: Dataset) -> dict[str, str]:
@@ -115,9 +144,12 @@ def start_tracking(
             "structure": parts.method.structure,
             "seed": str(config.seed),
             **parts.teacher,
+            **peers_tags(config, parts.group),
+            **cost_tags(parts.group, parts.method, (parts.dataset.channels, *parts.dataset.image_size)),
             "device": str(parts.trainer.device),
             "identity": run_identity(config),
             "folder": str(run.folder.path),
+            FIRST_EPOCH: str(run.first_epoch),
             **({} if run.tracking_id else run_note(config, parts)),  # which people may edit
             **(teacher_tags() if is_teacher else job_tags()),
         },
@@ -162,25 +194,52 @@ def fit(
             "digests": dict(digests),
         },
         state=run.state,
-        reported={epoch: (timestamp_ms, results) for epoch, timestamp_ms, results in finished},
+        reported={
+            number - run.first_epoch: (timestamp_ms, results) for number, timestamp_ms, results in finished
+        },
+        first_number=run.first_epoch,
     )
 
 
-def log_results(parts: Parts, run: Run, history: dict[str, dict[str, float]]) -> None:
-    """Log the accuracies of a finished run, and its files as artifacts."""
+def log_results(config: DictConfig, parts: Parts, run: Run, history: dict[str, dict[str, float]]) -> None:
+    """Log the accuracies of a finished run; write its attention, if it has any, into a file and a figure."""
+    if distributed.rank() > 0:
+        return
     last, best = history["last"], history["best"]
-    results = {
-        "final/top1": last["test/top1"],
-        "best/top1": best["test/top1"],
-        "best/epoch": best["epoch"],
-    }
-    if distributed.rank() == 0:
-        # MLflow draws bars of what is at step 0 alone
-        parts.tracker.log(results, 0, run.folder.result_timestamp())
+    results = {"final/top1": last["test/top1"], "best/top1": best["test/top1"]}
+    # MLflow draws bars of what is at step 0 alone
+    parts.tracker.log(results, 0, run.folder.result_timestamp())
+    tags = {
+        "best.epoch": f"{best['epoch'] + run.first_epoch:.0f}"
+    }  # no metric, of which there would be a bar as well
+    folder = run.folder.path
+    with writing(folder):
+        finished = run.folder.read_metrics()
+        if matrices := write_attention([(n + 1 - run.first_epoch, t, row) for n, t, row in finished], folder):
+            if not isinstance(parts.tracker, NoTracking):  # the figure is for its pages
+                from okddip.tasks.report.attention import save_matrices  # imports Matplotlib
+
+                save_matrices({str(config.seed): matrices}, config.name, folder / "attention.png")
+            tags[attention.TAG] = "x".join(map(str, next(iter(matrices.values())).shape))
+    parts.tracker.set_tags(tags)
+
+
+def log_files(parts: Parts, run: Run, own_folder: Path | None) -> None:
+    """Log the files of a finished run as artifacts.
+
+    Args:
+        own_folder: that Hydra made for this process; where the run was resumed it has a log of its own.
+    """
+    names = ["attention.csv", "attention.png", "main.log"]
     if parts.tracker.checkpoints:
-        for path in (run.folder.path / name for name in ("last.pt", "best.pt", "metrics.jsonl")):
-            if path.exists():  # a copied `last.pt` may have come alone
-                parts.tracker.log_artifact(path)
+        names += ["last.pt", "best.pt", "metrics.jsonl"]
+    for path in (run.folder.path / name for name in names):
+        if path.exists():  # a copied `last.pt` may have come alone
+            parts.tracker.log_artifact(path)
+    if own_folder is None or own_folder.absolute() == run.folder.path.absolute():
+        return
+    if (path := own_folder / "main.log").exists():
+        parts.tracker.log_artifact(path, f"resumed/{own_folder.name}")
 
 
 @contextmanager
@@ -204,14 +263,21 @@ def resume_hint_if_stopped(config: DictConfig) -> Iterator[list[Run]]:
         raise
 
 
-def log_table(history: dict[str, dict[str, float]], method: Method) -> None:
-    """Print every predictor's test top-1 at the last epoch and at the best."""
+def log_table(
+    history: dict[str, dict[str, float]], method: Method, models: Sequence[str] | None = None
+) -> None:
+    """Print every predictor's test top-1 at the last epoch and at the best.
+
+    Args:
+        models: of the peers, where they differ.
+    """
     last, best = history["last"], history["best"]
-    predictors = [*method.predictors, *(["mean"] if method.peers > 1 else [])]
-    rows = [f"{'test top-1 (%)':<16}{'last epoch':>12}{'best epoch':>12}"]
-    rows.append(f"{'':<16}{last['epoch'] + 1:>12.0f}{best['epoch'] + 1:>12.0f}")
-    for predictor in predictors:
+    named = with_models(method, models) | {mean: mean for mean in method.means}
+    named[method.primary] += " *"
+    width = max(16, *(len(name) + 2 for name in named.values()))
+    rows = [f"{'test top-1 (%)':<{width}}{'last epoch':>12}{'best epoch':>12}"]
+    rows.append(f"{'':<{width}}{last['epoch'] + 1:>12.0f}{best['epoch'] + 1:>12.0f}")
+    for predictor, name in named.items():
         key = f"test/{predictor}/top1"
-        mark = " *" if predictor == method.primary else ""
-        rows.append(f"{predictor + mark:<16}{last[key]:>12.2f}{best[key]:>12.2f}")
+        rows.append(f"{for_terminal(name):<{width}}{last[key]:>12.2f}{best[key]:>12.2f}")
     log.info("%s\n* primary", "\n".join(rows))

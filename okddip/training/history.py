@@ -48,19 +48,16 @@ class History:
         self.kept["last"] = {"epoch": epoch, **results}
         return timestamp_ms, results, is_best
 
-    def line(self, epoch: int, epochs: int, results: Results) -> str:
-        """What the terminal shows of an epoch."""
+    def line(self, epoch: int, epochs: int, results: Results, is_best: bool) -> str:
+        """What the terminal shows of an epoch; with the number of a sweep's job before it, in 80 columns."""
         fields = [
             f"epoch {epoch + 1}/{epochs}",
-            f"loss {results['train/loss']:.4f}",
-            f"train {results['train/top1']:.2f} %",
+            f"loss {results['train/loss']:.3f}",
+            # a moving average that no loss needs is measured in evaluations alone
+            *((f"train {results['train/top1']:.2f}%",) if "train/top1" in results else ()),
         ]
         score = f"{self.split}/top1"
         if score in results:
-            best = self.kept["best"]
-            fields.append(
-                f"{self.split} {results[score]:.2f} %"
-                f" (best {best[score]:.2f} % in epoch {best['epoch'] + 1:.0f})"
-            )
-        fields += [f"lr {results['train/lr']:.4g}", f"{results['train/images_per_second']:.0f} images/s"]
+            fields.append(f"{self.split} {results[score]:.2f}%" + (" (best)" if is_best else ""))
+        fields.append(f"{results['train/images_per_second']:.0f} images/s")
         return "  ".join(fields)

@@ -19,10 +19,12 @@ class Tracker(Protocol):
     """Where the results of each epoch go."""
 
     def log(self, metrics: Mapping[str, float], epoch: int, timestamp_ms: int) -> None:
-        """Take the results of an epoch (counted from 0), finished at that time (milliseconds since 1970)."""
+        """Take the results of the epoch with that number, finished then (milliseconds since 1970)."""
 
 
-def save_epoch(state: dict[str, Any], folder: Path, tracker: Tracker, *, new: bool, best: bool) -> None:
+def save_epoch(
+    state: dict[str, Any], folder: Path, tracker: Tracker, *, number: int, new: bool, best: bool
+) -> None:
     """Write down and log what an epoch has come to.
 
     In this order a run cut off anywhere here is resumed with no metric missing or doubled: the checkpoint has
@@ -32,17 +34,18 @@ def save_epoch(state: dict[str, Any], folder: Path, tracker: Tracker, *, new: bo
         state: the checkpoint.
         folder: gets it and, where the epoch is `new` in it, a line in `metrics.jsonl`.
         tracker: is told of the metrics.
+        number: of the epoch, where people look.
         best: whether it is the best checkpoint so far.
 
     Raises:
         ConfigError: a file cannot be written.
     """
-    epoch = {"epoch": state["epoch"], "timestamp_ms": state["timestamp_ms"]}
+    epoch = {"epoch": number, "timestamp_ms": state["timestamp_ms"]}
     with stops_deferred():
         checkpoint.save(state, folder, best=best)
         if new:
             append_line(folder / "metrics.jsonl", json.dumps(epoch | state["metrics"]))
-    tracker.log(state["metrics"], state["epoch"], state["timestamp_ms"])
+    tracker.log(state["metrics"], number, state["timestamp_ms"])
 
 
 def log_expected_end(started: float, epochs: int) -> None:

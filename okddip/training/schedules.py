@@ -42,7 +42,7 @@ def multistep(*, milestones: Sequence[float], gamma: float, warmup_epochs: float
     if late:
         log.warning(
             "scheduler.milestones: %s lie past the last of %d epochs and do nothing."
-            " Values below 1 are fractions of the run.",
+            " Values below 1 are fractions of the run, rounded to whole epochs.",
             late,
             epochs,
         )

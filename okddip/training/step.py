@@ -46,7 +46,13 @@ class ForwardStep(nn.Module):
         self.images = images
 
     def forward(self, images: Tensor, labels: Tensor, ramp: Tensor) -> tuple[Tensor, metrics.Sums]:
-        """Map images [B, C, H, W], labels [B] and ramp 0-dim to the loss, 0-dim, and sums over the batch."""
+        """Map a batch to the loss, 0-dim, and sums over the batch.
+
+        Args:
+            images: [B, C, H, W], or a view for each peer [B, P, C, H, W].
+            labels: [B].
+            ramp: 0-dim.
+        """
         step = self.compiled if self.compiled and 0 < len(images) == self.images else self.step
         return step(images, labels, ramp)
 
@@ -68,6 +74,7 @@ class TrainStep:
         scaler: of the loss, for fp16.
         accumulate: in how many parts a batch is taken, one after the other.
         gradient_clip: largest norm of the gradient of all parameters; None for any.
+        after_step: is called after each update.
     """
 
     def __init__(
@@ -78,12 +85,14 @@ class TrainStep:
         *,
         accumulate: int,
         gradient_clip: float | None,
+        after_step: Callable[[], None],
     ) -> None:
         self.forward = forward
         self.optimizer = optimizer
         self.scaler = scaler
         self.accumulate = accumulate
         self.gradient_clip = gradient_clip
+        self.after_step = after_step
 
     def __call__(self, images: Tensor, labels: Tensor, ramp: Tensor) -> metrics.Sums:
         """Learn from a batch.
@@ -108,6 +117,7 @@ class TrainStep:
             torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.after_step()
         self.optimizer.zero_grad(set_to_none=True)
         return sums
 

@@ -2,10 +2,9 @@
 
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,19 +22,24 @@ from okddip.data.streaming import StreamingLoader
 from okddip.errors import ConfigError, check_choice, check_number
 from okddip.methods.base import Method
 from okddip.models.group import PeerGroup
+from okddip.older_versions import FIRST_EPOCH
 from okddip.training import checkpoint, metrics
 from okddip.training.compiler import check_compiler
-from okddip.training.devices import find_device
+from okddip.training.device_errors import named_errors
+from okddip.training.devices import check_device, find_device
 from okddip.training.epoch import evaluate_on, refuse_broken_losses, train_on
 from okddip.training.history import History, Results
+from okddip.training.peers import saved_parts
 from okddip.training.precision import PRECISIONS, is_native
 from okddip.training.reporting import Tracker, log_expected_end, save_epoch
 from okddip.training.schedules import Schedule
 from okddip.training.step import EvalStep, ForwardStep, TrainStep, parts_of
+from okddip.training.threads import MOST_THREADS
 
 log = logging.getLogger(__name__)
 
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # with CUDA graphs
+COMPILE_MODES = ("default", *GRAPH_MODES, "max-autotune-no-cudagraphs")
 
 SMALLEST = {  # of whole numbers
     "epochs": 1,
@@ -45,7 +49,6 @@ SMALLEST = {  # of whole numbers
     "accumulate": 1,
 }
 LARGEST = 10**7
-NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 CHOICES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("channels_last", "compile", "fused", "tf32", "cudnn_benchmark"), (True, False)),
     **dict.fromkeys(("deterministic", "sync_batch_norm", "drop_last", "rerun"), (True, False)),
@@ -62,6 +65,7 @@ class Trainer:
 
     Attributes:
         device: as it is named in the configuration; then the device that was found.
+        threads: of the CPU, as the configuration says; then as chosen (see `okddip.training.threads`).
         choose_gpu: see `find_device`.
 
     Raises:
@@ -88,6 +92,7 @@ class Trainer:
     sync_batch_norm: bool
     resume: str | None
     rerun: bool
+    threads: int | None = None
     choose_gpu: Callable[[int], int | None] = lambda gpus: None
 
     def __post_init__(self) -> None:
@@ -99,6 +104,8 @@ class Trainer:
         if self.limit_batches is not None:
             key = "trainer.limit_batches"
             check_number(key, self.limit_batches, minimum=1, maximum=LARGEST, integer=True)
+        if self.threads is not None:
+            check_number("trainer.threads", self.threads, minimum=1, maximum=MOST_THREADS, integer=True)
         if self.gradient_clip is not None:
             check_number("trainer.gradient_clip", self.gradient_clip, above=0)
         if self.resume is not None and not (isinstance(self.resume, str) and self.resume):
@@ -108,6 +115,7 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.device = find_device(str(self.device), self.choose_gpu)
         if self.compile:
+            check_device(self.device)  # a GPU that cannot be used knows no compiler either
             check_compiler(self.device)
         on_cuda = self.device.type == "cuda"
         if self.sync_batch_norm and not on_cuda:
@@ -146,7 +154,7 @@ class Trainer:
                 "trainer.accumulate, trainer.sync_batch_norm: do not go together; ranks would take a short"
                 " batch in different numbers of parts, and wait for each other."
             )
-        if self.accumulate > 1 and self.compile and self.compile_mode in ("reduce-overhead", "max-autotune"):
+        if self.accumulate > 1 and self.compile and self.compile_mode in GRAPH_MODES:
             raise ConfigError(
                 f"trainer.accumulate={self.accumulate}: does not go with trainer.compile_mode="
                 f"{self.compile_mode}, whose CUDA graphs write over the gradients of the part before. Use"
@@ -167,6 +175,7 @@ class Trainer:
         description: dict[str, Any],
         state: dict[str, Any] | None = None,
         reported: Mapping[int, tuple[int, Results]] | None = None,
+        first_number: int = 1,
     ) -> dict[str, Results]:
         """Train for all epochs, or all that are left.
 
@@ -181,6 +190,7 @@ class Trainer:
             description: goes into each checkpoint.
             state: the checkpoint of the run's last finished epoch, to go on from.
             reported: see `History`.
+            first_number: of the first epoch, for the tracker and `metrics.jsonl`; here epochs count from 0.
 
         Returns:
             The results of the `last` epoch and of the `best`, chosen by the validation set if there is one,
@@ -190,21 +200,22 @@ class Trainer:
             ConfigError: a loss is not finite, or a file cannot be written.
         """
         self.set_backend_flags()
-        train_step = self.train_step(group, method, optimizer, dataset)
-        eval_step = self.eval_step(group, method, dataset)
         self.check_training_set(dataset)
         share = own_share()
-        train_loader = dataset.train_loader(
-            self.batch_size, self.device, seed, self.channels_last, share, self.drop_last
-        )
         splits = [split for split in dataset.sizes if split != "train"]
         place = (self.eval_batch_size, self.device, self.channels_last, share)
-        loaders = {split: dataset.eval_loader(split, *place) for split in splits}
+        with self.named_errors():  # the images may go to the device
+            train_step = self.train_step(group, method, optimizer, dataset)
+            eval_step = self.eval_step(group, method, dataset)
+            train_loader = dataset.train_loader(
+                *(self.batch_size, self.device, seed, self.channels_last, share),
+                *(self.drop_last, method.views),
+            )
+            loaders = {split: dataset.eval_loader(split, *place) for split in splits}
         judge = "val" if "val" in splits else "test"
         history = History(judge, state, reported)
         parts: dict[str, Any] = {
-            "group": group,
-            "method": method,
+            **saved_parts(group, method),
             "optimizer": optimizer,
             "scaler": train_step.scaler,
         }
@@ -231,12 +242,14 @@ class Trainer:
             distributed.log_warnings_of_all_ranks()
 
             timestamp_ms, results, is_best = history.add(epoch, results)
-            log.info(history.line(epoch, self.epochs, results))
+            log.info(history.line(epoch, self.epochs, results, is_best))
             if distributed.rank() == 0:
                 result = {"epoch": epoch, "timestamp_ms": timestamp_ms, "metrics": results}
+                result[FIRST_EPOCH] = first_number
                 trained = {name: part.state_dict() for name, part in parts.items()}
                 state = {**description, **result, "history": history.kept, **trained}
-                save_epoch(state, folder, tracker, new=epoch not in history.reported, best=is_best)
+                is_new = epoch not in history.reported
+                save_epoch(state, folder, tracker, number=epoch + first_number, new=is_new, best=is_best)
             if epoch == first_epoch and not is_last:
                 log_expected_end(started, self.epochs - 1 - epoch)
         return history.kept
@@ -275,6 +288,7 @@ class Trainer:
             scaler,
             accumulate=self.accumulate,
             gradient_clip=self.gradient_clip,
+            after_step=group.update_averages,
         )
 
     def eval_step(self, group: PeerGroup, method: Method, dataset: Dataset) -> ForwardStep:
@@ -318,7 +332,7 @@ class Trainer:
         title = f"epoch {epoch + 1}/{self.epochs}"
         with self.named_errors(), self.progress(loader.batches(epoch), len(loader), title) as batches:
             sums = train_on(group, method, step, batches, ramp, epoch)
-        distributed.average_buffers(group, method)
+        distributed.average_buffers(group, method, *group.averages)
         read = metrics.read(sums, method)  # waits for the device
         speed = int(sums["images"]) / (time.perf_counter() - start)
         results = {"images_per_second": speed, **read}
@@ -349,30 +363,14 @@ class Trainer:
         refuse_broken_losses(sums, epoch)
         return {f"{split}/{name}": value for name, value in metrics.read(sums, method).items()}
 
-    @contextmanager
-    def named_errors(self) -> Iterator[None]:
-        """Name the settings behind what PyTorch cannot do with a batch.
-
-        Raises:
-            ConfigError: the device's memory is full, or an operator is not deterministic and has to be.
-        """
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"trainer.batch_size={self.batch_size}, trainer.eval_batch_size={self.eval_batch_size}: the"
-                f" memory of {self.device} is full ({str(error).partition('. ')[0]}). Take smaller batches,"
-                f" trainer.accumulate={2 * self.accumulate} for the same updates in smaller parts, or"
-                " trainer.precision=bf16."
-            ) from error
-        except RuntimeError as error:
-            operator = NOT_DETERMINISTIC.match(str(error))
-            if operator is None:
-                raise
-            raise ConfigError(
-                f"trainer.deterministic=true: PyTorch's {operator[1]} has no deterministic form on"
-                f" {self.device}. Choose another model or method, or trainer.deterministic=false."
-            ) from error
+    def named_errors(self) -> AbstractContextManager[None]:
+        """See `device_errors.named_errors`."""
+        return named_errors(
+            self.device,
+            batch_size=self.batch_size,
+            eval_batch_size=self.eval_batch_size,
+            accumulate=self.accumulate,
+        )
 
     def set_backend_flags(self) -> None:
         """Set what PyTorch keeps for the whole process, so that a run before this one leaves no trace."""
@@ -383,9 +381,10 @@ class Trainer:
         torch.backends.cudnn.deterministic = self.deterministic
         # which algorithm is the fastest may be another one each time
         torch.backends.cudnn.benchmark = self.cudnn_benchmark and not self.deterministic
-        fp32 = "tf32" if self.tf32 else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = fp32
-        torch.backends.cudnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
+        # PyTorch's compiler and torch.export read these. Where `fp32_precision`, their newer form, was set
+        # for some operators alone, reading them is an error.
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        torch.backends.cudnn.allow_tf32 = self.tf32
 
     @contextmanager
     def progress(self, batches: Batches, length: int, name: str) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:

@@ -1,7 +1,7 @@
 """Losses and gradients of two batches for each method, in as many ranks as there are.
 
-python rank_gradients.py FILE [OVERRIDE ...], under torchrun or not; rank 0 writes to FILE
-{case: [(loss, {parameter: gradient}), ...]}.
+python rank_gradients.py FILE, under torchrun or not; rank 0 writes to FILE
+{case: [(loss, {parameter: gradient}), ...]}, of several ranks with accumulated gradients too.
 """
 
 import gc
@@ -26,10 +26,14 @@ CASES = (
     ("method=dml", "method.structure=branch", "method.target=pairwise"),
     ("method=cl_ilr",),
     ("method=one",),
+    ("method=kdcl",),
+    ("method=ffl",),
+    ("method=pcl",),
     ("method=okddip",),
     ("method=okddip", "method.structure=network", "method.detach_targets=true"),
     ("method=okddip", "method.attention=false", "method.leader=false"),
 )
+ACCUMULATED = "trainer.accumulate=4"
 # 37 images: a batch of 32, and one of 5, which leaves nothing for the last of 4 ranks
 SMALL = (
     *("dataset=digits", "dataset.train_size=37", "trainer.batch_size=32", "trainer.epochs=1"),
@@ -49,7 +53,9 @@ def gradients(overrides: list[str]) -> list[tuple[float, dict[str, Tensor]]]:
     )
     share = Share(distributed.rank(), distributed.world_size())
     step = trainer.train_step(group, method, parts.optimizer, parts.dataset)
-    loader = parts.dataset.train_loader(trainer.batch_size, trainer.device, 0, share=share)
+    loader = parts.dataset.train_loader(
+        trainer.batch_size, trainer.device, 0, share=share, views=method.views
+    )
     losses = []
     for images, labels in loader.batches(0):
         sums = step(images, labels, torch.tensor(0.5))
@@ -72,7 +78,8 @@ def resolved(config: Any) -> Any:
 if __name__ == "__main__":
     gc.disable()  # which may come by in time, or not
     with distributed.process_group():
-        results = {" ".join(case): gradients([*SMALL, *case, *sys.argv[2:]]) for case in CASES}
+        cases = [*CASES, *((*case, ACCUMULATED) for case in CASES if distributed.world_size() > 1)]
+        results = {" ".join(case): gradients([*SMALL, *case]) for case in cases}
         if distributed.rank() == 0:
             torch.save(results, sys.argv[1])
     # one that is left wants the interpreter's lock at a time when there is no interpreter: SIGABRT

@@ -1,12 +1,13 @@
 """Several ranks train one group as one process would, and end as one."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlflow
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import Answer
 from PIL import Image
+from program import CLI, Program
 
 from okddip import distributed
 from okddip.data.loader import Share
@@ -23,27 +25,54 @@ from okddip.distributed.store import join
 from okddip.training import checkpoint
 
 Okddip = Callable[..., Answer]
-SMALL = ("dataset=digits", "model=resnet8", "method.peers=3", "optimizer.lr=0.02", "trainer.batch_size=96")
+SMALL = (
+    *("dataset=digits", "model=resnet8", "method.peers=3", "optimizer.lr=0.02", "trainer.batch_size=96"),
+    "trainer.limit_batches=5",  # more than the test set has
+)
 
 
-def torchrun(ranks: int, *command: str, restarts: int = 0) -> subprocess.Popen[str]:
+# torchrun with ranks that are forks of it, which spares each of them its imports
+TORCHRUN = """
+from program import become
+from torch.distributed import run
+
+settings_of = run.config_from_args
+
+
+def settings_for_forks(options):
+    settings, _, arguments = settings_of(options)
+    return settings, lambda *arguments: become({code!r}, arguments), arguments
+
+
+run.config_from_args = settings_for_forks
+run.main()
+"""
+
+
+def torchrun(*arguments: str, options: Sequence[str], code: str = CLI) -> Program:
+    options = (*options, "--start-method=fork", "--no-python", "okddip")
+    return Program(Path.cwd(), *options, *arguments, code=TORCHRUN.format(code=code), apart=True)
+
+
+def begin(ranks: int, *arguments: str, code: str = CLI) -> Program:
+    return torchrun(*arguments, options=["--standalone", f"--nproc-per-node={ranks}"], code=code)
+
+
+def run(ranks: int, *arguments: str, code: str = CLI) -> Answer:
+    process = begin(ranks, *arguments, code=code)
+    out, err = process.communicate(timeout=240)
+    return Answer(process.wait(), out, err)
+
+
+def real_torchrun(ranks: int, *overrides: str, restarts: int = 0) -> "subprocess.Popen[str]":
+    """As a user starts it, imports and all."""
+    options = ("--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}")
     return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *command),
-        ],
+        [sys.executable, "-m", "torch.distributed.run", *options, "-m", "okddip.main", *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a shell starts background jobs with SIGINT ignored, and children inherit it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-
-
-def run(ranks: int, *overrides: str, restarts: int = 0) -> Answer:
-    process = torchrun(ranks, "-m", "okddip.main", *overrides, restarts=restarts)
-    out, err = process.communicate(timeout=240)
-    return Answer(process.returncode, out, err)
 
 
 def epochs_done(folder: Path) -> int:
@@ -55,15 +84,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
-
-
-def workers(agent: int) -> Iterator[psutil.Process]:
-    """The ranks that a torchrun process has started, by rank."""
-    return (
-        child
-        for child in psutil.Process(agent).children()
-        if any("okddip.main" in word for word in child.cmdline())
-    )
 
 
 def tracked_runs(folder: Path) -> list[mlflow.entities.Run]:
@@ -83,20 +103,22 @@ def test_shares_are_the_whole_batch_and_no_image_is_alone(size: int, ranks: int)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("overrides", [[], ["trainer.accumulate=4"]], ids=["", "accumulate"])
 def test_ranks_give_the_losses_and_gradients_of_one_process(
-    okddip: Okddip, tmp_path: Path, ranks: int, overrides: list[str]
+    okddip: Okddip, tmp_path: Path, ranks: int
 ) -> None:
     teacher = ("method=baseline", "trainer.epochs=1", "trainer.limit_batches=2", "hydra.run.dir=teacher")
     assert okddip("dataset=digits", "model=resnet8", "tracking=none", *teacher).code == 0
-    script = str(Path(__file__).with_name("rank_gradients.py"))
-    subprocess.run([sys.executable, script, "one.pt"], check=True, capture_output=True)
-    process = torchrun(ranks, script, "all.pt", *overrides)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+    script = Path(__file__).with_name("rank_gradients.py").read_text()
+    alone = Program(tmp_path, "one.pt", code=script)
+    output, _ = alone.communicate(timeout=240)
+    assert alone.returncode == 0, output
+    together = run(ranks, "all.pt", code=script)
+    assert together.code == 0, together.err
     one, several = torch.load("one.pt"), torch.load("all.pt")
-    assert one.keys() == several.keys()
-    for case, batches in one.items():
+    assert one.keys() <= several.keys()
+    assert len(several) == 2 * len(one)
+    for case in several:
+        batches = one[case.removesuffix(" trainer.accumulate=4")]
         assert len(batches) == 2
         for (loss, gradients), (their_loss, their_gradients) in zip(batches, several[case], strict=True):
             assert their_loss == pytest.approx(loss, rel=1e-5), case
@@ -112,7 +134,7 @@ def test_ranks_give_the_losses_and_gradients_of_one_process(
 def test_rank_0_alone_writes_prints_and_tracks_and_every_test_image_counts_once(
     okddip: Okddip, tmp_path: Path
 ) -> None:
-    answer = run(2, *SMALL, "trainer.epochs=2")
+    answer = run(2, *SMALL, "trainer.epochs=2", "method.ema_decay=0.9")
     assert answer.code == 0, answer.err
     assert answer.out.count("epoch 1/2") == answer.out.count("test top-1") == 1
     [folder] = (tmp_path / "outputs").glob("*/*")
@@ -128,7 +150,9 @@ def test_rank_0_alone_writes_prints_and_tracks_and_every_test_image_counts_once(
     assert evaluated.code == 0, evaluated.err
     [numbers] = (tmp_path / "evaluation").glob("**/*.json")
     alone = json.loads(numbers.read_text())
-    assert alone["metrics"]["leader/top1"] == last["test/leader/top1"]
+    # of the averages too, of which each rank has answered for a half of the images
+    for predictor in ("leader", "ema/leader", "ema/peer0"):
+        assert alone["metrics"][f"{predictor}/top1"] == last[f"test/{predictor}/top1"]
 
 
 @pytest.mark.slow
@@ -147,9 +171,10 @@ def test_a_run_goes_on_in_another_number_of_ranks(okddip: Okddip, tmp_path: Path
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(tmp_path: Path) -> None:
-    process = torchrun(2, "-m", "okddip.main", *SMALL, "trainer.epochs=6", restarts=1)
+    process = real_torchrun(2, *SMALL, "trainer.epochs=6", restarts=1)
     wait_for(lambda: epochs_done(tmp_path) >= 2)
-    list(workers(process.pid))[1].send_signal(signal.SIGKILL)
+    _, second = psutil.Process(process.pid).children()
+    second.send_signal(signal.SIGKILL)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "resumes after epoch" in out
@@ -159,7 +184,7 @@ def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(tmp_path: Path) -> N
     assert tracked.info.status == "FINISHED"
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     steps = [metric.step for metric in client.get_metric_history(tracked.info.run_id, "test/top1")]
-    assert sorted(steps) == list(range(6))
+    assert sorted(steps) == list(range(1, 7))
 
 
 @pytest.mark.slow
@@ -167,9 +192,10 @@ def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(tmp_path: Path) -> N
 def test_a_signal_to_torchrun_ends_all_ranks_and_marks_the_run_killed(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = torchrun(2, "-m", "okddip.main", *SMALL, "trainer.epochs=200")
+    process = begin(2, *SMALL, "trainer.epochs=200")
     wait_for(lambda: epochs_done(tmp_path) >= 1)
-    ranks = list(workers(process.pid))
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -212,22 +238,23 @@ def test_an_error_on_one_rank_ends_all_of_them_with_its_message(images: Path, tm
 
 @pytest.mark.slow
 def test_streamed_images_that_a_rank_leaves_out_hold_no_other_up(images: Path) -> None:
-    answer = run(
+    process = real_torchrun(
         4,
         *(*STREAMED, f"dataset.root={images}", "dataset.bad_images=skip", "model=resnet8", "tracking=none"),
         *("method.peers=3", "trainer.batch_size=8", "trainer.epochs=2"),
     )
-    assert answer.code == 0, answer.err
-    assert "epoch 2/2" in answer.out
-    assert answer.out.count("cat/3.jpg: is not an image") == 2  # once an epoch, on whichever rank
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "epoch 2/2" in out
+    assert out.count("cat/3.jpg: is not an image") == 2  # once an epoch, on whichever rank
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_the_first_without_a_limit(tmp_path: Path) -> None:
+def test_ranks_wait_for_the_first_without_a_limit() -> None:
     """As for a teacher that another process trains, or for a large data set that is decoded."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        """
+    answer = run(
+        2,
+        code="""
 import datetime
 import sys
 import time
@@ -240,20 +267,19 @@ with distributed.process_group():
     found = distributed.from_rank_0(lambda: "and") and found
     sys.stdout.write(f"{distributed.rank()} {found}\\n")  # in one piece, unlike print
     sys.stdout.flush()
-"""
+""",
     )
-    process = torchrun(2, str(script))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert sorted(out.splitlines()) == ["0 teacher", "1 teacher"]
+    assert answer.code == 0, answer.err
+    assert sorted(answer.out.splitlines()) == ["0 teacher", "1 teacher"]
 
 
 @pytest.mark.slow
-def test_what_is_wrong_with_another_rank_alone_is_said(tmp_path: Path) -> None:
+def test_what_is_wrong_with_another_rank_alone_is_said() -> None:
     """Its machine lacks a package, say."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        """
+    answer = run(
+        2,
+        *SMALL,
+        code="""
 import sys
 from okddip import distributed
 from okddip.main import cli
@@ -261,32 +287,20 @@ distributed.output.SECONDS_BEFORE_EXIT = 4
 if distributed.rank() == 1:
     sys.argv.append("trainer.batchsize=96")
 cli()
-"""
+""",
     )
-    process = torchrun(2, str(script), *SMALL)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert err.count("Could not override 'trainer.batchsize'") == 1, err
+    assert answer.code == 1
+    assert answer.err.count("trainer.batchsize=96: trainer.batchsize is not a setting") == 1, answer.err
 
 
-def launch(*overrides: str, restarts: int = 0) -> list[subprocess.Popen[str]]:
+def launch(*overrides: str, restarts: int = 0, code: str = CLI) -> list[Program]:
     """Two launchers of one rank each, as on two machines; the last override is that of one of them alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
-                *("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", f"--max-restarts={restarts}"),
-                *("-m", "okddip.main", *SMALL, *own),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for own in (overrides[:-1], overrides)
-    ]
+    options = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d")
+    options += (f"--rdzv-endpoint=localhost:{port}", f"--max-restarts={restarts}")
+    return [torchrun(*SMALL, *own, options=options, code=code) for own in (overrides[:-1], overrides)]
 
 
 @pytest.mark.slow
@@ -319,11 +333,10 @@ def test_a_run_of_two_machines_goes_on_whichever_rank_was_killed(
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all" in said
 
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    machines = launch("tracking=none", "trainer.epochs=8", "trainer.tf32=true", restarts=2)
+    code = f"from os import environ, getpid\nopen(environ['RANK'], 'w').write(str(getpid()))\n{CLI}"
+    machines = launch("tracking=none", "trainer.epochs=8", "trainer.tf32=true", restarts=2, code=code)
     wait_for(lambda: epochs_done(tmp_path) >= 2)
-    ranks = [worker for machine in machines for worker in workers(machine.pid)]
-    [second] = [worker for worker in ranks if worker.environ()["RANK"] == "1"]
-    second.send_signal(signal.SIGKILL)
+    os.kill(int(Path("1").read_text()), signal.SIGKILL)
     said = [machine.communicate(timeout=240) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "resumes after epoch" in "".join(out for out, _ in said)
@@ -401,7 +414,7 @@ def test_ranks_train_compiled_and_in_bf16(tmp_path: Path) -> None:
             "must be divisible by ranks x trainer.accumulate",
         ),
         (["method.peers=two"], "method.peers=two: must be a whole number"),
-        (["trainer.batchsize=96"], "Could not override 'trainer.batchsize'"),
+        (["trainer.batchsize=96"], "trainer.batchsize=96: trainer.batchsize is not a setting"),
         (["hydra.mode=MULTIRUN", "seed=0,1"], "A sweep does not run under torchrun"),
         (["task=evaluate", "checkpoint=last.pt"], "start it without torchrun"),
         (["trainer.sync_batch_norm=true"], "PyTorch synchronises batch norm on CUDA only"),

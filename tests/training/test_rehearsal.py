@@ -1,6 +1,7 @@
 """One batch before a run begins: it finds what cannot work, and leaves no trace."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from okddip.checks import check
-from okddip.errors import Incompatible
+from okddip.errors import ConfigError, Incompatible
 from okddip.main import build
-from okddip.methods.base import Method
+from okddip.methods.base import Losses, Method, with_ensemble
+from okddip.methods.losses import hard_loss
 from okddip.models.backbone import Backbone
 from okddip.models.group import PeerGroup
+from okddip.models.resnet import resnet
+from okddip.outputs import GroupOutput
+from okddip.training.peers import make_group
 from okddip.training.rehearsal import rehearse
 
 DIGITS = ("dataset=digits", "tracking=none")
@@ -58,6 +63,43 @@ def test_nothing_is_left_of_it(configured: Callable[..., DictConfig], method: st
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(parameter.grad is None for parameter in parts.group.parameters())
+
+
+class Miscounts(Method):
+    """Returns the logits of the peers alone, and names the ensemble too."""
+
+    def losses(self, output: GroupOutput, labels: Tensor, ramp: Tensor) -> Losses:
+        return Losses(hard_loss(output.logits, labels), {}, output.logits)
+
+
+@pytest.mark.parametrize("needs_averages", [False, True])
+def test_predictions_that_are_not_those_that_are_named_are_refused(
+    monkeypatch: pytest.MonkeyPatch, needs_averages: bool
+) -> None:
+    monkeypatch.setattr(Miscounts, "needs_averages", needs_averages)
+    method = Miscounts(
+        peers=2, structure="branch", feature_dim=64, trunk_channels=32, epochs=2, ema_decay=0.9
+    )
+    group = make_group(partial(resnet, depth=8, num_classes=10, in_channels=1), method)
+    found, named = (4, 5) if needs_averages else (2, 3)
+    message = rf"Miscounts.losses returns the predictions of {found} .* are {named}: peer0"
+    with pytest.raises(ConfigError, match=message):
+        rehearse(group, method, (1, 16, 16), "")
+
+
+def test_a_view_for_each_peer_is_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(self: Method, output: GroupOutput, labels: Tensor, ramp: Tensor) -> Losses:
+        assert output.teacher is not None
+        assert output.teacher.shape == (2, 10)
+        return Losses(hard_loss(output.logits, labels), {}, with_ensemble(output.logits, 2))
+
+    monkeypatch.setattr(Miscounts, "losses", losses)
+    method = Miscounts(peers=2, structure="branch", feature_dim=64, trunk_channels=32, epochs=2, views="each")
+    make_backbone = partial(resnet, depth=8, num_classes=10, in_channels=1)
+    group = make_group(make_backbone, method, make_backbone())
+    rehearse(group, method, (1, 16, 16), "")
+    views = torch.randn(3, 2, 1, 16, 16)
+    assert torch.equal(group.eval()(views).teacher, group.teacher[0](views[:, 0]))
 
 
 def tensors(group: PeerGroup, method: Method) -> dict[str, Tensor]:

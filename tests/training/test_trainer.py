@@ -120,14 +120,38 @@ def test_batch_norm_gets_fp32_where_a_rank_has_no_image(parts: BuildParts) -> No
     assert types[0] == {torch.float32}
 
 
-def test_a_device_whose_memory_is_full_is_named(parts: BuildParts) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            "CUDA out of memory",
+        ),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "CUDA error: out of memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"),
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+        ),
+        (
+            RuntimeError("GET was unable to find an engine to execute this computation"),
+            "GET was unable to find an engine to execute this computation",
+        ),
+    ],
+)
+def test_a_device_whose_memory_is_full_is_named(parts: BuildParts, error: RuntimeError, reason: str) -> None:
     trainer = parts("trainer.batch_size=8").trainer
     with pytest.raises(ConfigError) as refused, trainer.named_errors():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-    assert str(refused.value).startswith(
-        "trainer.batch_size=8, trainer.eval_batch_size=256: the memory of cpu is full (CUDA out of memory)."
-        " Take smaller batches, trainer.accumulate=2"
+        raise error
+    words = str(refused.value)
+    assert words.startswith(
+        f"trainer.batch_size=8, trainer.eval_batch_size=256: the memory of cpu is full ({reason}"
     )
+    assert "Take smaller batches, trainer.accumulate=2" in words
+
+
+def test_what_is_no_lack_of_memory_stays_what_it_is(parts: BuildParts) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be"), parts().trainer.named_errors():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_deterministic_algorithms_are_for_the_run_that_asks_for_them(
@@ -142,6 +166,25 @@ def test_deterministic_algorithms_are_for_the_run_that_asks_for_them(
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_set_so_that_all_of_pytorch_can_read_it(
+    configured: Callable[..., DictConfig], tf32: bool
+) -> None:
+    Trainer(**settings(configured, tf32=tf32)).set_backend_flags()  # type: ignore[arg-type]
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    assert matmul.allow_tf32 == cudnn.allow_tf32 == tf32
+    assert (matmul.fp32_precision == "tf32") == (cudnn.conv.fp32_precision == "tf32") == tf32  # type: ignore[attr-defined]
+    assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+
+
+CUBLAS_WAS_SET_UP = (  # PyTorch's words, aten/src/ATen/Context.cpp
+    "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or"
+    " `at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it"
+    " uses CuBLAS and you have CUDA >= 10.2."
+)
+
+
 def test_an_operator_that_has_no_deterministic_form_is_named(configured: Callable[..., DictConfig]) -> None:
     trainer = Trainer(**settings(configured, deterministic=True))  # type: ignore[arg-type]
     trainer.set_backend_flags()
@@ -153,11 +196,13 @@ def test_an_operator_that_has_no_deterministic_form_is_named(configured: Callabl
     assert str(refused.value).startswith(
         "trainer.deterministic=true: PyTorch's put_ has no deterministic form on cpu. Choose another model"
     )
+    with pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 before"), trainer.named_errors():
+        raise RuntimeError(CUBLAS_WAS_SET_UP)
     with pytest.raises(RuntimeError, match="something else"), trainer.named_errors():
         raise RuntimeError("something else")
 
 
-@pytest.mark.parametrize("method", ["one", "okddip"])
+@pytest.mark.parametrize("method", ["one", "okddip", "ffl"])
 def test_every_batch_norm_can_be_synchronised(parts: BuildParts, method: str) -> None:
     built = parts(f"method={method}", "method.peers=3")
     modules = (built.group, built.method)
@@ -177,4 +222,5 @@ def test_every_batch_norm_can_be_synchronised(parts: BuildParts, method: str) ->
     ]
     assert synchronised == names != []
     assert ("gate" in " ".join(names)) == (method == "one")
+    assert ("fusion" in " ".join(names)) == (method == "ffl")
     assert [parameter for module in converted for parameter in module.parameters()] == parameters
