@@ -3,7 +3,7 @@
 import dataclasses
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,13 +11,15 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from okddip import distributed
+from okddip.assembly import NETWORKS, PEERS, name_of_models
 from okddip.errors import ConfigError
 from okddip.run.parts import Parts
-from okddip.tasks.benchmark.counting import count_flops, count_operators, memory_use
+from okddip.tasks.benchmark.counting import count_bytes, count_flops, count_operators, memory_use
+from okddip.tasks.benchmark.device_use import step_device_use
 from okddip.tasks.benchmark.plain_loop import PilLoader, PlainLoop
 from okddip.tasks.benchmark.steps import TrainerSteps, uncompiled
 from okddip.tasks.benchmark.synthetic import EVALUATION_BATCHES
-from okddip.tasks.benchmark.timing import Workload, matrix_product, quartiles, time_in_turns
+from okddip.tasks.benchmark.timing import Workload, matrix_product, memory_copy, quartiles, time_in_turns
 
 PARTS = ("input", "forward", "train", "evaluate")  # of a training, each timed by itself
 
@@ -26,7 +28,7 @@ def compare_with_plain_loop(parts: Parts, settings: DictConfig) -> dict[str, Any
     """Speeds, counts, memory and the distance from the machine's peak of one configuration."""
     trainer = parts.trainer
     plain_loop = PlainLoop(parts.group, parts.method)
-    pil = PilLoader(parts.dataset, trainer.batch_size)
+    pil = PilLoader(parts.dataset, trainer.batch_size, parts.method.views)
     steps = TrainerSteps(parts)
     # the plain loop gets its batches for nothing
     images, labels = (contiguous_copy(x) for x in steps.next_batch())
@@ -57,6 +59,7 @@ def compare_with_plain_loop(parts: Parts, settings: DictConfig) -> dict[str, Any
         ("evaluate", "okddip"): Workload(steps.evaluate, EVALUATION_BATCHES * eval_batch),
         ("evaluate", "reference"): Workload(plain_evaluation, EVALUATION_BATCHES * eval_batch),
         ("peak", "machine"): matrix_product(trainer),
+        ("copy", "machine"): memory_copy(trainer.device),
     }
     modules = [parts.group, parts.method, plain_loop.group, plain_loop.method]
     speeds = time_in_turns(workloads, modules, trainer.device, settings)
@@ -65,9 +68,7 @@ def compare_with_plain_loop(parts: Parts, settings: DictConfig) -> dict[str, Any
     eager = eager_steps(parts)
     train_steps = {"okddip": eager.train_step, "reference": plain_step}
     evaluations = {"okddip": eager.evaluate_batch, "reference": plain_evaluation_batch}
-    flops = count_flops(eager, modules)
-    flops_per_second = flops * statistics.median(speeds["train", "okddip"]) / batch
-    peak = statistics.median(speeds["peak", "machine"])
+    counted = count_step(steps, parts, speeds)
     return {
         "images_per_second": {
             who: {part: quartiles(speeds[part, who]) for part in PARTS} for who in ("okddip", "reference")
@@ -81,11 +82,43 @@ def compare_with_plain_loop(parts: Parts, settings: DictConfig) -> dict[str, Any
             who: count_operators(run, modules, training=False) for who, run in evaluations.items()
         },
         "memory": memory_use(steps),
+        **counted,
+    }
+
+
+def count_step(
+    steps: TrainerSteps, parts: Parts, speeds: Mapping[tuple[str, str], list[float]]
+) -> dict[str, Any]:
+    """The time of a training step, how busy the device is, and what it does beside what it could do.
+
+    Operators are counted where a dispatch mode sees them: not inside of what was compiled. So the bytes are
+    those of the step as it is before the compiler fuses operators, which is why its share of a copy is not
+    given where it does.
+
+    Args:
+        steps: that were timed.
+        parts: of the same configuration.
+        speeds: of `train`, in images a second, of a matrix product and of a copy.
+    """
+    trainer, modules = parts.trainer, [parts.group, parts.method]
+    eager = eager_steps(parts)
+    seconds = quartiles([trainer.batch_size / speed for speed in speeds["train", "okddip"]])
+    per_second = 1 / seconds["median"]
+    product, copy = (statistics.median(speeds[name, "machine"]) for name in ("peak", "copy"))
+    flops, moved = count_flops(eager, modules), count_bytes(eager, modules)
+    use = step_device_use(steps.train_step, modules, trainer.device, seconds["median"])
+    return {
+        "step": {"seconds": seconds, **use},
         "flops": {
             "step": flops,
-            "per_second": flops_per_second,
-            "peak_per_second": peak,
-            "share_of_peak": flops_per_second / peak,
+            "per_second": flops * per_second,
+            "peak_per_second": product,
+            "share_of_peak": flops * per_second / product,
+        },
+        "bytes": {
+            "step": moved,
+            "copy_per_second": copy,
+            **({} if trainer.compile else {"share_of_copy": moved * per_second / copy}),
         },
     }
 
@@ -136,14 +169,18 @@ def cost_by_peers(
 ) -> dict[str, Any]:
     """Time, memory and operations of a training step by structure and number of peers.
 
-    The first point is the plain network. What the method refuses is left out, with its reason.
+    The first point is the plain network; where peers differ, each of theirs. So many peers are then the first
+    of `model.peers`. What the method refuses is left out, with its reason.
     """
     config = config.copy()
     config.tracking = {"_target_": "okddip.tracking.tracker.NoTracking"}
     points, left_out = [], []
-    wanted = [(structure, peers) for structure in ("branch", "network") for peers in settings.peers]
-    for structure, peers in [("baseline", 1), *wanted]:
-        if structure == "baseline":
+    models = config.model.get(PEERS) or [config.options.model]
+    structures = ("network",) if config.model.get(PEERS) else ("branch", "network")
+    wanted = [(structure, peers, None) for structure in structures for peers in settings.peers]
+    plain = [("baseline", 1, model) for model in dict.fromkeys(models)]
+    for structure, peers, model in [*plain, *wanted]:
+        if model is not None:
             method = {"_target_": "okddip.methods.baseline.Baseline", "peers": 1, "structure": "network"}
         else:
             method = {**config.method, "structure": structure, "peers": peers}
@@ -151,12 +188,31 @@ def cost_by_peers(
                 method["rescale"] = False  # networks share nothing whose gradient could be rescaled
         varied = config.copy()
         varied.method = method
+        named = varied_model(varied, peers, model)
+        point = {"structure": structure, "peers": peers, **({"model": named} if named else {})}
         try:
-            points.append({"structure": structure, "peers": peers, **step_cost(build(varied), settings)})
+            points.append({**point, **step_cost(build(varied), settings)})
         except ConfigError as error:
-            left_out.append({"structure": structure, "peers": peers, "reason": str(error)})
+            left_out.append({**point, "reason": str(error)})
         gc.collect()
     return {"cost": points, "left_out": left_out}
+
+
+def varied_model(config: DictConfig, peers: int, model: str | None) -> str | None:
+    """Where peers differ, leave a configuration the first so many of their models, or one that is named.
+
+    Returns:
+        What is left is called; None where peers have one architecture.
+    """
+    names = config.model.get(PEERS)
+    if names is None:
+        return None
+    if model is not None:
+        config.model = config.model[NETWORKS][list(names).index(model)]
+    else:
+        config.model = {PEERS: names[:peers], NETWORKS: config.model[NETWORKS][:peers]}
+    config.options.model = model or name_of_models(names[:peers], "")
+    return config.options.model
 
 
 def step_cost(parts: Parts, settings: DictConfig) -> dict[str, Any]:
@@ -171,6 +227,7 @@ def step_cost(parts: Parts, settings: DictConfig) -> dict[str, Any]:
         workloads = {("train", str(parts.method.peers)): Workload(steps.train_step, parts.trainer.batch_size)}
         [speeds] = time_in_turns(workloads, modules, parts.trainer.device, settings).values()
         return {
+            "parameters": sum(p.numel() for module in modules for p in module.parameters()),
             "step_seconds": quartiles([parts.trainer.batch_size / speed for speed in speeds]),
             "memory": memory_use(steps),
             "flops": count_flops(eager_steps(parts), modules),

@@ -12,11 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from okddip.tasks.benchmark.device_use import peak_memory
 from okddip.tasks.benchmark.steps import TrainerSteps
 from okddip.tasks.benchmark.timing import set_mode
+from okddip.training.peers import saved_parts
+from okddip.training.trainer import GRAPH_MODES
 
 aten = torch.ops.aten
 VALUE_READS = (Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__)
+ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
 HOST_READS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)
 
 
@@ -26,6 +30,49 @@ def count_flops(steps: TrainerSteps, modules: Sequence[nn.Module]) -> int:
     with FlopCounterMode(display=False) as counter:
         steps.train_step()
     return counter.get_total_flops()
+
+
+class ByteCounter(TorchDispatchMode):
+    """Counts the bytes that operators read and write in memory, as if each read all of its arguments once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        schema = func._schema
+        is_view = any(part.alias_info and not part.alias_info.is_write for part in schema.returns)
+        if is_view or func.overloadpacket in ALLOCATIONS:
+            return result
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | (
+            kwargs or {}
+        )
+        self.total += size_of(given)
+        for argument in schema.arguments:  # in place
+            if argument.alias_info and argument.alias_info.is_write:
+                self.total += size_of(given.get(argument.name))
+        results = result if isinstance(result, tuple) else (result,)
+        for part, value in zip(schema.returns, results, strict=False):
+            if part.alias_info is None:
+                self.total += size_of(value)
+        return result
+
+
+def size_of(values: Any) -> int:
+    """Bytes of the tensors in nested containers; what an expanded tensor repeats is there once."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
+
+
+def count_bytes(steps: TrainerSteps, modules: Sequence[nn.Module]) -> int:
+    """Bytes that the operators of a training step read and write; see `ByteCounter`."""
+    set_mode(modules, training=True)
+    with ByteCounter() as counter:
+        steps.train_step()
+    return counter.total
 
 
 class ValueReads(TorchFunctionMode):
@@ -98,13 +145,15 @@ def count_operators(
 
 
 def memory_use(steps: TrainerSteps) -> dict[str, int]:
-    """Bytes of parameters, buffers and the optimizer's state, and the most a training step adds to them.
+    """Bytes of parameters, buffers, averages, teachers and the optimizer's state, and the most a step adds.
 
     Both count tensors alone. What a step adds is read from PyTorch's allocator: on CUDA its peak, on the CPU
-    the profiler's record of allocations. Memory that libraries allocate themselves is not counted.
+    the profiler's record of allocations. Memory that libraries allocate themselves is not counted. CUDA
+    graphs have taken their memory before: what their step adds is left out.
     """
     set_mode([steps.group, steps.method], training=True)
-    kept = [*steps.group.state_dict().values(), *steps.method.state_dict().values()]
+    modules = [*saved_parts(steps.group, steps.method).values(), *steps.group.teacher]
+    kept = [x for module in modules for x in module.state_dict().values() if isinstance(x, Tensor)]
     kept += [x for state in steps.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     device = steps.trainer.device
     batch = steps.next_batch()
@@ -122,4 +171,7 @@ def memory_use(steps: TrainerSteps) -> dict[str, int]:
         for event in sorted(events, key=lambda event: event.start_ns()):
             now += event.nbytes()
             added = max(added, now)
-    return {"model_bytes": sum(tensor.nbytes for tensor in kept), "step_bytes": added}
+    size = {"model_bytes": sum(tensor.nbytes for tensor in kept), **peak_memory(device)}
+    if device.type == "cuda" and steps.trainer.compile and steps.trainer.compile_mode in GRAPH_MODES:
+        return size
+    return {**size, "step_bytes": added}

@@ -19,9 +19,8 @@ from torchvision import transforms
 
 from okddip.data.dataset import Dataset
 from okddip.methods.base import Method
-from okddip.methods.okddip import OKDDip
+from okddip.methods.okddip import OKDDip, Projections
 from okddip.models.group import PeerGroup, rescale_gradient
-from okddip.outputs import GroupOutput
 
 # total loss, its parts, logits [B, K] of each predictor
 Result = tuple[Tensor, list[Tensor], list[Tensor]]
@@ -58,6 +57,7 @@ class PlainLoop:
         self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
+        self.group.update_averages()
         return numbers
 
     @torch.no_grad()
@@ -68,8 +68,8 @@ class PlainLoop:
         peers = predictions[: self.method.auxiliary]
         return numbers | ({"diversity": read_diversity(peers)} if len(peers) > 1 else {})
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
-        """Images [B, C, H, W] to the peers' logits and features, the trunk's output, the teacher's logits."""
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Images [B, C, H, W] to the peers' logits and features."""
         logits, features = [], []
         trunk = self.group.trunk(images) if self.group.structure == "branch" else None
         if trunk is not None and self.group.rescale:
@@ -79,23 +79,25 @@ class PlainLoop:
             feature = peer.head(peer.trunk(images) if trunk is None else trunk)
             features.append(feature)
             logits.append(peer.classifier(feature))
-        with torch.no_grad():
-            teacher = self.group.teacher[0](images) if self.group.teacher else None
-        return logits, features, trunk, teacher
+        with torch.no_grad():  # whose logits a forward pass gives too
+            for teacher in self.group.teacher:
+                teacher(images)
+            if self.group.computes_averages:
+                self.group.averages[0].group(images)
+        return logits, features
 
     def losses(self, images: Tensor, labels: Tensor, ramp: Tensor) -> Result:
-        logits, features, trunk, teacher = self.forward(images)
         if isinstance(self.method, OKDDip) and follows_the_paper(self.method):
-            return okddip_losses(self.method, logits, features, labels, ramp)
-        output = GroupOutput(torch.stack(logits), torch.stack(features), trunk, teacher)
-        losses = self.method(output, labels, ramp)
+            return okddip_losses(self.method, *self.forward(images), labels, ramp)
+        losses = self.method(self.group(images), labels, ramp)
         return losses.total, list(losses.parts.values()), list(losses.predictions.unbind())
 
 
 def follows_the_paper(method: OKDDip) -> bool:
     """Whether `okddip_losses` computes what the method does."""
     usual = method.loss == "kl" and method.aggregate == "logits" and method.include_self
-    return usual and not method.detach_targets
+    equal = not isinstance(method.query, Projections)
+    return usual and equal and not method.detach_targets and method.views == 1
 
 
 def okddip_losses(
@@ -172,9 +174,10 @@ def read_diversity(peers: list[Tensor]) -> float:
 class PilLoader:
     """Training images transformed one by one on one core, as torchvision's CIFAR recipes do."""
 
-    def __init__(self, dataset: Dataset, batch_size: int) -> None:
+    def __init__(self, dataset: Dataset, batch_size: int, views: int = 1) -> None:
         self.images, self.labels = dataset.splits["train"]
         self.batch_size = batch_size
+        self.views = views
         self.order: Iterator[int] = iter(())
         self.transform = transforms.Compose(
             [
@@ -186,10 +189,13 @@ class PilLoader:
         )
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] float32 and labels [B], on the host."""
+        """Images [B, C, H, W] float32, or of several views [B, V, C, H, W], and labels [B], on the host."""
         chosen = list(islice(self.order, self.batch_size))
         if not chosen:
             self.order = iter(torch.randperm(len(self.labels)).tolist())
             chosen = list(islice(self.order, self.batch_size))
         pixels = [self.images[i].squeeze(-1).numpy() for i in chosen]  # [H, W, 3] or grey [H, W]
-        return torch.stack([self.transform(Image.fromarray(image)) for image in pixels]), self.labels[chosen]
+        views = []
+        for _ in range(self.views):
+            views.append(torch.stack([self.transform(Image.fromarray(image)) for image in pixels]))
+        return views[0] if self.views == 1 else torch.stack(views, 1), self.labels[chosen]

@@ -35,7 +35,8 @@ class TrainerSteps:
         self.eval_forward = self.trainer.eval_step(self.group, self.method, parts.dataset)
         self.ramp = torch.ones((), device=device)
         loader = parts.dataset.train_loader(
-            self.trainer.batch_size, device, 0, channels_last, share, self.trainer.drop_last
+            *(self.trainer.batch_size, device, 0, channels_last, share),
+            *(self.trainer.drop_last, self.method.views),
         )
         self.train_batches = endless(loader.batches)
         self.eval_loader = parts.dataset.eval_loader(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from okddip.data.options import image_shape
 from okddip.data.sources import Source, Split
@@ -50,11 +50,13 @@ def find_shape(config: DictConfig) -> tuple[DataShape, dict[str, Any]]:
         known["image_size"] = image_shape(config.dataset.image_size)
     learned: dict[str, Any] = {}
     if config.method.get("teacher"):
-        if config.method.teacher == "auto":
+        named = config.method.teacher
+        teachers = list(named) if OmegaConf.is_list(named) else [named]
+        if "auto" in teachers:
             raise ConfigError(
                 "method.teacher=auto: task=benchmark trains no teacher. Name the checkpoint of one."
             )
-        path = find_checkpoint("method.teacher", config.method.teacher, config.tracking.get("uri"))
+        path = find_checkpoint("method.teacher", teachers[0], config.tracking.get("uri"))
         state = checkpoint.load(path)
         known = {name: state[name] for name in ("image_size", "channels")}
         known["classes"] = len(state["classes"])

@@ -16,10 +16,13 @@ from okddip.errors import ConfigError, check_choice, check_number
 from okddip.files import write_text
 from okddip.run.parts import Parts
 from okddip.tasks.benchmark.comparisons import compare_ranks, compare_with_plain_loop, cost_by_peers
+from okddip.tasks.benchmark.settings import ALL, compare_settings
 from okddip.tasks.benchmark.synthetic import find_shape, with_synthetic_images
 from okddip.tasks.benchmark.tables import log_rank_tables, log_tables
+from okddip.tasks.threads import choose_threads
 from okddip.tracking.status import tracked_to_the_end
 from okddip.tracking.tracker import MLflow, NoTracking
+from okddip.training.threads import computing_with
 from okddip.version import __version__
 
 
@@ -49,7 +52,8 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
     shape, learned = find_shape(config)
     synthetic = with_synthetic_images(config, shape, learned)
     parts = build(synthetic)
-    with tracked_to_the_end(parts.tracker):
+    choose_threads(config, parts, None)
+    with computing_with(parts.trainer.threads), tracked_to_the_end(parts.tracker):
         parts.tracker.start(
             name=config.name,
             params=cast(dict[str, Any], OmegaConf.to_container(config)),
@@ -66,15 +70,28 @@ def benchmark(config: DictConfig, build: Callable[[DictConfig], Parts]) -> float
         report = describe(config, parts) | shape._asdict()
         with parts.trainer.named_errors():
             report |= (compare_with_plain_loop if alone else compare_ranks)(parts, settings)
+        save(report, settings.out)
+        synthetic.trainer.device = str(parts.trainer.device)  # "auto" would be logged again
         if settings.peers:
-            synthetic.trainer.device = str(parts.trainer.device)  # "auto" would be logged again
             report |= cost_by_peers(synthetic, build, settings)
+        if settings.settings:
+            report["settings"] = []
+            for point in compare_settings(synthetic, build, settings, parts.trainer.device):
+                report["settings"].append(point)
+                save(report, settings.out)  # compiling takes minutes, in which a run may be cut off
         (log_tables if alone else log_rank_tables)(report)
-        if settings.out and distributed.rank() == 0:
-            write_text(Path(str(settings.out)).expanduser(), json.dumps(report, indent=2) + "\n")
+        if save(report, settings.out):
             parts.tracker.log_artifact(Path(str(settings.out)).expanduser())
         log_metrics(report, parts.tracker)
     return report["ratio"]["train"]["median"]
+
+
+def save(report: dict[str, Any], file: str | None) -> bool:
+    """Write all numbers to a file, if there is to be one, from rank 0."""
+    if not file or distributed.rank() != 0:
+        return False
+    write_text(Path(str(file)).expanduser(), json.dumps(report, indent=2) + "\n")
+    return True
 
 
 def check_settings(settings: DictConfig) -> None:
@@ -98,8 +115,12 @@ def check_settings(settings: DictConfig) -> None:
             raise ConfigError(f"benchmark.image_size={sides}: must be one number, or [height, width].")
     if not OmegaConf.is_list(settings.peers):
         raise ConfigError(f"benchmark.peers={settings.peers}: must be a list, such as [2,3,4,6,8].")
-    if settings.peers and distributed.world_size() > 1:
-        raise ConfigError(f"benchmark.peers={settings.peers}: is measured in one process, without torchrun.")
+    check_choice("benchmark.settings", settings.settings, (None, ALL))
+    for key in ("peers", "settings"):
+        if settings[key] and distributed.world_size() > 1:
+            raise ConfigError(
+                f"benchmark.{key}={settings[key]}: is measured in one process, without torchrun."
+            )
     for peers in settings.peers:
         check_number("benchmark.peers", peers, minimum=1, integer=True)
     if settings.out is not None:
@@ -134,9 +155,12 @@ def log_metrics(report: dict[str, Any], tracker: MLflow | NoTracking) -> None:
     tracker.log(flat_numbers(report), 0)
     for point in report.get("cost", ()):
         numbers = flat_numbers({name: value for name, value in point.items() if name != "peers"})
-        tracker.log(
-            {f"cost/{point['structure']}/{name}": value for name, value in numbers.items()}, point["peers"]
-        )
+        curve = f"cost/{point['structure']}"
+        if point["peers"] == 1 and "model" in point:  # of several, each the plain network of a peer
+            curve += f"/{point['model']}"
+        tracker.log({f"{curve}/{name}": value for name, value in numbers.items()}, point["peers"])
+    for point in report.get("settings", ()):
+        tracker.log(flat_numbers(point, f"settings/{point['setting']}/"), 0)
 
 
 def flat_numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

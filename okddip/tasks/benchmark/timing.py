@@ -17,6 +17,7 @@ from okddip.training.precision import PRECISIONS, is_native
 from okddip.training.trainer import Trainer
 
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product shows the machine's peak
+COPY_BYTES = {"cpu": 2**27, "cuda": 2**28}  # more than caches hold
 
 
 class Workload(NamedTuple):
@@ -81,12 +82,19 @@ def repetitions(seconds: float, once: float) -> int:
 
 
 def seconds_of(run: Callable[[], object], times: int, device: torch.device) -> float:
-    """Seconds that the device takes for a number of calls."""
+    """Seconds that the device takes for a number of calls; on CUDA by its own clock."""
     synchronize(device)
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(times):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
     start = time.perf_counter()
     for _ in range(times):
         run()
-    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -110,3 +118,10 @@ def matrix_product(trainer: Trainer) -> Workload:
     dtype = (is_native(trainer.precision, trainer.device) and PRECISIONS[trainer.precision]) or torch.float32
     a, b = torch.randn(2, size, size, device=trainer.device).to(dtype)
     return Workload(lambda: a @ b, 2 * size**3)
+
+
+def memory_copy(device: torch.device) -> Workload:
+    """A copy within the device's memory, in bytes read and written: the most that it can move."""
+    size = COPY_BYTES[device.type]
+    source, target = torch.ones(2, size, dtype=torch.uint8, device=device)
+    return Workload(lambda: target.copy_(source), 2 * size)

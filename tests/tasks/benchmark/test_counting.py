@@ -11,7 +11,7 @@ from torch import Tensor
 from okddip.assembly import CONFIG_HOME
 from okddip.main import build
 from okddip.run.parts import Parts
-from okddip.tasks.benchmark.counting import OperatorCounter, count_operators
+from okddip.tasks.benchmark.counting import OperatorCounter, count_operators, memory_use
 from okddip.tasks.benchmark.steps import TrainerSteps
 from okddip.tasks.benchmark.synthetic import DataShape, with_synthetic_images
 
@@ -63,6 +63,16 @@ def test_no_scaled_step_of_a_fused_optimizer_reads_back(
         ]
         == 0
     )
+
+
+def test_moving_averages_count_as_memory(synthetic_parts: BuildParts) -> None:
+    overrides = ("method=independent", "model=resnet8", "trainer.batch_size=8", "trainer.precision=fp32")
+    alone, averaged = (
+        memory_use(TrainerSteps(synthetic_parts(*overrides, f"method.ema_decay={decay}")))["model_bytes"]
+        for decay in ("null", "0.9")
+    )
+    group = synthetic_parts(*overrides).group
+    assert averaged - alone == sum(tensor.nbytes for tensor in group.state_dict().values())
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from okddip.run.parts import Parts
 from okddip.tasks.benchmark.counting import count_operators
@@ -45,6 +46,10 @@ def test_the_plain_loop_dispatches_as_much_as_the_authors_loop(synthetic_parts: 
         ["method=okddip", "method.attention=false"],
         ["method=dml"],
         ["method=one"],
+        ["method=ffl"],
+        ["method=pcl"],
+        ["method=kdcl"],
+        ["method=okddip", "method.views=each"],
         ["method=baseline"],
         ["method=cl_ilr"],
         ["method.loss=ce"],
@@ -85,6 +90,23 @@ def test_the_plain_loop_evaluates_to_the_same_numbers(synthetic_parts: BuildPart
     assert theirs["diversity"] == pytest.approx(ours["diversity"].item() / 32, rel=1e-3)
     hits = [theirs[f"{i}/top{k}"] for k in (1, 5) for i in range(5)]
     assert hits == pytest.approx([100 * x / 32 for x in (*ours["top1"].tolist(), *ours["top5"].tolist())])
+
+
+@pytest.mark.parametrize("option", ["pcl", "kdcl", "okddip"])
+@pytest.mark.parametrize("overrides", [[], ["method.ema_decay=0.9"]])
+def test_both_forward_passes_send_the_images_through_the_same_networks(
+    synthetic_parts: BuildParts, option: str, overrides: list[str]
+) -> None:
+    built = synthetic_parts(f"method={option}", *overrides, "model=resnet8", "trainer.precision=fp32")
+    steps = TrainerSteps(built)
+    plain_loop = PlainLoop(built.group, built.method)
+    for group in (built.group, plain_loop.group):
+        group.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as ours:
+        steps.forward()
+    with torch.no_grad(), FlopCounterMode(display=False) as plain:
+        plain_loop.forward(steps.eval_batch[0])
+    assert ours.get_total_flops() == plain.get_total_flops() > 0
 
 
 def test_transforms_one_by_one_see_each_image_once_an_epoch(synthetic_parts: BuildParts) -> None:
