@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from okddip import distributed
 from okddip.errors import ConfigError
 from okddip.files import write_text
+from okddip.older_versions import first_epoch
 from okddip.run.identity import run_identity
 from okddip.tracking.unsent import RUN_LOCK
 from okddip.training import checkpoint
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 SLURM = "slurm-"  # prefix of a Slurm job among the `job` of `run.json`
 
-Epoch = tuple[int, int, dict[str, float]]  # epoch, time in milliseconds since 1970, metrics
+Epoch = tuple[int, int, dict[str, float]]  # number of the epoch, time in milliseconds since 1970, metrics
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,10 @@ class RunFolder:
             state: the last checkpoint, if there is one.
         """
         finished = self.read_metrics()
-        if state is not None and state["epoch"] not in (epoch for epoch, _, _ in finished):
-            finished.append((state["epoch"], state["timestamp_ms"], state["metrics"]))
+        if state is not None:
+            last = state["epoch"] + first_epoch(state)
+            if last not in (number for number, _, _ in finished):
+                finished.append((last, state["timestamp_ms"], state["metrics"]))
         self.write_metrics(sorted(finished, key=lambda line: line[0]))
 
     def result_timestamp(self) -> int:
@@ -147,6 +150,7 @@ class Run:
     tracking_id: str | None = None  # of its MLflow run, if it has one already
     store: str | None = None  # where its MLflow run was begun
     reopened: bool = False  # it is resumed in its own folder
+    first_epoch: int = 1  # the number of its first epoch in `metrics.jsonl` and MLflow
     copied_from: Path | None = None  # it resumes from this checkpoint, which lies in no run's folder
 
 

@@ -15,9 +15,13 @@ from okddip.assembly import make
 from okddip.older_versions import LATER_SETTINGS, first_name
 from okddip.tracking.params import flatten
 
-# What may differ between two runs that are the same run: where things are and how they are logged; and what
-# several methods share, which counts where a method takes it.
-IGNORED_SETTINGS = ("name", "tracking.", "trainer.resume", "trainer.rerun", "task.", "methods.", "trust")
+# What may differ between two runs that are the same run: where things are and how they are logged; the number
+# of threads, which changes the last bits alone; and what several methods share, which counts where a method
+# takes it.
+IGNORED_SETTINGS = (
+    *("name", "tracking.", "trainer.resume", "trainer.rerun", "trainer.threads", "task.", "methods."),
+    "trust",
+)
 IGNORED_DATASET_SETTINGS = ("root", "cache_dir")
 # As long as this variable has one value (a sweep sets it for its jobs) images are read once to compare them.
 SAME_IMAGES = "OKDDIP_SWEEP_START"

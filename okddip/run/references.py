@@ -21,7 +21,10 @@ def find_checkpoint(key: str, reference: str, tracking_uri: str | None) -> Path:
         path = Path(reference).expanduser()
         path = path / "last.pt" if path.is_dir() else path
         if not path.is_file():
-            raise ConfigError(f"{key}={reference}: there is no such checkpoint. Name a file, or runs:/ID.")
+            raise ConfigError(
+                f"{key}={reference}: there is no such checkpoint. Name a file, the folder of a run, which has"
+                " last.pt, or runs:/ID."
+            )
         return path
     if tracking_uri is None:
         raise ConfigError(f"{key}={reference}: needs an MLflow store; set tracking=mlflow, or name a file.")

@@ -15,11 +15,12 @@ from omegaconf import DictConfig
 from okddip import invocation
 from okddip.errors import ConfigError, check_number
 from okddip.files import copy, link, sync_folder, writing
+from okddip.older_versions import FIRST_EPOCH, first_epoch
 from okddip.run.folder import Run, RunFolder, restarted_jobs
 from okddip.run.identity import dataset_digests, fingerprint, run_identity
 from okddip.run.references import find_checkpoint
 from okddip.run.same_run import check_is_last, check_same_settings, same_but_for_length
-from okddip.text import for_shell
+from okddip.text import ONCE, for_shell
 from okddip.tracking.address import absolute_uri
 from okddip.tracking.tracker import MLflow, NoTracking
 from okddip.training import checkpoint
@@ -76,8 +77,9 @@ def find_run(config: DictConfig, folder: Path) -> Run:
         if found is not None:
             return Run(RunFolder(found), reopened=True)
         log.info(
-            "No run with this configuration in %s or in the store to resume: beginning a new one.",
+            "A new run: %s and the store have none with this configuration to resume.",
             folder.parent,
+            extra=ONCE,
         )
         return new
     if reference.startswith("runs:/"):
@@ -113,7 +115,7 @@ def begin(run: Run, config: DictConfig) -> None:
         )
     with writing(folder):
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was killed before a checkpoint
-    run.folder.record_job(identity=run_identity(config))
+    run.folder.record_job(identity=run_identity(config), **{FIRST_EPOCH: str(run.first_epoch)})
 
 
 def reopen(run: Run, config: DictConfig) -> None:
@@ -130,12 +132,15 @@ def reopen(run: Run, config: DictConfig) -> None:
         run.state = checkpoint.load_last(folder)
         checkpoint.warn_of_other_version(run.state, folder)
         check_same_settings(config, run.state, folder)
+    if run.state is not None or run.folder.read_metrics():  # else an older version left nothing to go on with
+        run.first_epoch = first_epoch(metadata if run.state is None else run.state)
     with writing(folder):
         for leftover in [*folder.glob("*.new"), *folder.glob("*.tmp")]:
             leftover.unlink()
     run.folder.repair_metrics(run.state)
     # a run that is lengthened has its new identity when its images are found to be the same
-    run.folder.record_job(**({} if run.state else {"identity": run_identity(config)}))
+    facts = {} if run.state else {"identity": run_identity(config)}
+    run.folder.record_job(**facts, **{FIRST_EPOCH: str(run.first_epoch)})
 
 
 def copy_checkpoint(run: Run, config: DictConfig, path: Path) -> None:
@@ -156,6 +161,7 @@ def copy_checkpoint(run: Run, config: DictConfig, path: Path) -> None:
     state = checkpoint.load(path, REQUIRED_KEYS | TRAINING_KEYS)
     checkpoint.warn_of_other_version(state, path)
     check_same_settings(config, state, path)
+    run.first_epoch = first_epoch(state)
     begin(run, config)
     run.state = state
     if run.tracking_id is not None:
@@ -164,8 +170,9 @@ def copy_checkpoint(run: Run, config: DictConfig, path: Path) -> None:
         lines = RunFolder(beside("metrics.jsonl").parent).read_metrics()
     except ConfigError:
         lines = []
-    if any(line[:2] == (state["epoch"], state["timestamp_ms"]) for line in lines):
-        run.folder.write_metrics([line for line in lines if line[0] <= state["epoch"]])
+    last = state["epoch"] + run.first_epoch
+    if any(line[:2] == (last, state["timestamp_ms"]) for line in lines):
+        run.folder.write_metrics([line for line in lines if line[0] <= last])
     run.folder.repair_metrics(state)
     folder = run.folder.path
     with writing(folder):

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from okddip.assembly import make
+from okddip.assembly import backbone_factories, make
 from okddip.data.dataset import Dataset
 from okddip.errors import ConfigError
+from okddip.models.backbone import dimensions_of
 from okddip.run.folder import Run
 from okddip.run.identity import identifying_settings
 from okddip.text import listed
@@ -93,14 +94,8 @@ def check_same_schedule(config: DictConfig, state: dict[str, Any], place: Path) 
 def schedules(config: DictConfig, epochs: int) -> tuple[Any, Any]:
     """Learning rate and ramp by epoch, as they would be in a run of so many epochs."""
     with torch.device("meta"):
-        probe = make("model", config.model, num_classes=2, in_channels=3)
-    method = make(
-        "method",
-        config.method,
-        feature_dim=probe.feature_dim,
-        trunk_channels=probe.trunk_channels,
-        epochs=epochs,
-    )
+        probes = [make_one() for make_one in backbone_factories(config.model, num_classes=2, in_channels=3)]
+    method = make("method", config.method, **dimensions_of(probes), epochs=epochs)
     return make("scheduler", config.scheduler, epochs=epochs), method.ramp
 
 

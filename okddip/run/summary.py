@@ -6,24 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import nn
 
 from okddip import distributed
+from okddip.assembly import NETWORKS, PEERS
 from okddip.data.dataset import Dataset
+from okddip.models.group import PeerGroup
 from okddip.run.folder import Run
 from okddip.run.identity import identifying_settings
 from okddip.run.parts import Parts
 from okddip.text import for_markdown, for_terminal
 from okddip.tracking import tracker as tracking
-from okddip.tracking.params import flatten
+from okddip.tracking.params import as_param, flatten
+
+THREADS = "trainer.threads"
 
 log = logging.getLogger(__name__)
+
+PARAMETERS = "parameters.peers"  # the tag
 
 
 def run_params(config: DictConfig | dict[str, Any]) -> dict[str, str]:
     """What MLflow's columns and plots show of a configuration: all that tells runs apart, and no more.
 
     Named like overrides, `method=okddip method.peers=4`. Left out are places, how a run is logged and
-    continued, and import paths that follow from the name of an option; `config.yaml` has them all.
+    continued, and import paths that follow from the name of an option; `config.yaml` has them all. The number
+    of threads is told, although it makes no other run.
     """
     flat = identifying_settings(config)
     named = {key: value for key, value in flat.items() if not key.startswith("options.")}
@@ -31,11 +39,18 @@ def run_params(config: DictConfig | dict[str, Any]) -> dict[str, str]:
         **{name: str(option) for name, option in config["options"].items()},
         **{key: value for key, value in named.items() if not is_implied(key, value)},
         **flatten({"dataset.root": config["dataset"].get("root")}),
+        **(
+            {}
+            if config["trainer"].get("threads") is None
+            else flatten({THREADS: config["trainer"]["threads"]})
+        ),
     }
 
 
 def is_implied(key: str, value: str) -> bool:
     group, _, name = key.rpartition(".")
+    if key == f"model.{NETWORKS}":  # of the options that `model.peers` names
+        return True
     if name == "_target_" and value.startswith("okddip."):
         return group not in ("optimizer", "scheduler")  # whose option has no param of its own
     return name == "_partial_"
@@ -53,6 +68,13 @@ def tracked_splits(
     }
 
 
+def peers_tags(config: DictConfig, group: PeerGroup) -> dict[str, str]:
+    """Where peers differ, the tag that says how many parameters each has: its model's, `[77754,272186]`."""
+    models = config.model.get(PEERS) or []
+    counts = [count_parameters(group.extract(index)) for index in range(len(models))]
+    return {PARAMETERS: as_param(counts)} if counts else {}
+
+
 def run_note(config: DictConfig, parts: Parts) -> dict[str, str]:
     """The tag that MLflow shows as the run's description, in Markdown."""
     items = [f"- **{what}** {for_markdown(text)}" for what, text in run_summary(config, parts).items()]
@@ -63,20 +85,27 @@ def run_note(config: DictConfig, parts: Parts) -> dict[str, str]:
 def run_summary(config: DictConfig, parts: Parts) -> dict[str, str]:
     """What the run is."""
     method, group, dataset, trainer = parts.method, parts.group, parts.dataset, parts.trainer
-    plain = sum(parameter.numel() for parameter in group.extract(0).parameters())
-    trained = sum(parameter.numel() for module in (group, method) for parameter in module.parameters())
+    models = config.model.get(PEERS) or [config.options.model]
+    kinds = {model: count_parameters(group.extract(index)) for index, model in enumerate(models)}
+    networks = " + ".join(f"{model}, {count:,} parameters" for model, count in kinds.items())
+    trained = count_parameters(group) + count_parameters(method)
     peers = f"{method.peers} peers ({method.structure})" if method.peers > 1 else "1 student"
     sizes = ", ".join(f"{size:,} {split}" for split, size in dataset.sizes.items())
     height, width = dataset.image_size
     ranks = f" and {distributed.world_size() - 1} more" if distributed.world_size() > 1 else ""
     compiled = f", compiled ({trainer.compile_mode})" if trainer.compile else ""
+    threads = "" if trainer.threads is None else f", {trainer.threads} thread{'s'[: trainer.threads > 1]}"
     images = f"images of {dataset.channels}x{height}x{width}"
     return {
         "method": f"{config.options.method}, {peers}",
-        "model": f"{config.options.model}, {plain:,} parameters; trained together {trained:,}",
+        "model": f"{networks}; trained together {trained:,}",
         "data set": f"{config.options.dataset}, {sizes} {images}, {len(dataset.classes)} classes",
-        "device": f"{trainer.device}{ranks}, {trainer.precision}{compiled}",
+        "device": f"{trainer.device}{ranks}, {trainer.precision}{compiled}{threads}",
     }
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def log_run_summary(config: DictConfig, parts: Parts, run: Run) -> None:

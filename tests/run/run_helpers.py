@@ -1,10 +1,6 @@
 """Runs for tests of resuming: short ones, what they leave behind, and what cuts them off."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +12,19 @@ import pytest
 import torch
 from conftest import Answer
 from PIL import Image
+from program import Program
 
 from okddip.training import checkpoint
 from okddip.training.trainer import Trainer
 
 Okddip = Callable[..., Answer]
-REPOSITORY = Path(__file__).parents[2]
 SMALL = (
     "dataset=digits",
     "model=resnet8",
     "trainer.epochs=4",
     "trainer.limit_batches=3",
+    "trainer.batch_size=32",
+    "trainer.eval_batch_size=64",
     "optimizer.lr=0.02",
 )
 
@@ -79,7 +77,7 @@ def assert_told_once(client: mlflow.MlflowClient, folder: Path, epochs: int = 4)
     run = the_run(client)
     assert run.info.status == "FINISHED"
     lines = lines_of(folder)
-    assert [line["epoch"] for line in lines] == list(range(epochs))
+    assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
     for name in ("train/loss", "test/top1", "train/images_per_second"):
         logged = client.get_metric_history(run.info.run_id, name)
         assert [(m.step, m.timestamp, m.value) for m in sorted(logged, key=lambda m: m.step)] == [
@@ -113,22 +111,7 @@ TINY = ("method=baseline", *SMALL)
 BARE = (*TINY, "tracking=none")
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "okddip.main", *overrides]
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # a process group of its own, as of a job or a terminal
-        # a shell lets its background jobs ignore Ctrl-C, and so would the run if the tests are such a job
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_for(folder: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+def wait_for(folder: Path, pattern: str, process: Program) -> None:
     while not list(folder.glob(pattern)):
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)

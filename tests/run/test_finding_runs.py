@@ -40,7 +40,7 @@ def test_a_finished_run_is_not_trained_again(okddip: Okddip, tmp_path: Path) -> 
 def test_another_configuration_is_another_run(okddip: Okddip, tmp_path: Path) -> None:
     assert okddip(*SMALL, "tracking=none").code == 0
     answer = okddip(*SMALL, "tracking=none", "optimizer.momentum=0.8", "trainer.resume=auto")
-    assert "a new one" in answer.out
+    assert "A new run: " in answer.out
     assert len(list((tmp_path / "outputs").glob("*/*/last.pt"))) == 2
 
 
@@ -183,7 +183,7 @@ def test_a_damaged_note_of_another_run_is_passed_over(okddip: Okddip, tmp_path: 
     answer = okddip(*BARE, "trainer.epochs=1", "hydra.run.dir=runs/run", "trainer.resume=auto")
     assert answer.code == 0, answer.err
     assert f"{tmp_path}/runs/other/run.json: cannot be read" in answer.out
-    assert "a new one" in answer.out
+    assert "A new run: " in answer.out
 
 
 @pytest.mark.parametrize("reference", quick_first("auto", "runs/run", "runs/run/last.pt"))

@@ -34,11 +34,22 @@ def test_the_identity_of_a_configuration_is_that_of_version_0_1_0(
     assert run_identity(configured(*overrides)) == identity
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("trainer.drop_last=true", "trainer.deterministic=true", "method.views=each"),
+        *("method.ema_decay=0.9", "model.peers=[resnet8,resnet20]"),
+    ],
+)
 def test_a_setting_that_came_later_makes_another_run_where_it_is_not_at_its_default(
-    configured: Callable[..., DictConfig],
+    configured: Callable[..., DictConfig], setting: str
 ) -> None:
-    for later in ("trainer.drop_last=true", "trainer.deterministic=true"):
-        assert run_identity(configured()) != run_identity(configured(later))
+    default, other = configured(), configured(setting)
+    assert run_identity(default) != run_identity(other)
+
+
+def test_the_number_of_threads_makes_no_other_run(configured: Callable[..., DictConfig]) -> None:
+    assert run_identity(configured()) == run_identity(configured("trainer.threads=3"))
 
 
 def named_as_before(config: Any) -> Any:

@@ -122,7 +122,7 @@ def test_a_run_that_was_made_longer_is_no_more_the_shorter_one(okddip: Okddip, t
     assert okddip(*BARE, "hydra.run.dir=runs/run").code == 0
     assert okddip(*longer, "hydra.run.dir=runs/unused", "trainer.resume=runs/run").code == 0
     assert "is finished" in okddip(*longer, "hydra.run.dir=runs/unused", "trainer.resume=auto").out
-    assert "a new one" in okddip(*BARE, "hydra.run.dir=runs/short", "trainer.resume=auto").out
+    assert "A new run: " in okddip(*BARE, "hydra.run.dir=runs/short", "trainer.resume=auto").out
     assert checkpoint.load(tmp_path / "runs" / "run" / "last.pt")["epoch"] == 5
     answer = okddip(*BARE, "trainer.resume=runs/run")
     assert answer.code == 1

@@ -22,13 +22,16 @@ from run_helpers import (
     weights,
 )
 
+# bf16 is emulated where a CPU does not have it
+FEW = ("trainer.epochs=2", "trainer.limit_batches=2", "trainer.batch_size=16", "trainer.eval_batch_size=16")
+
 
 @pytest.mark.parametrize(
     "overrides",
     [
         ["method=okddip", "scheduler.milestones=[0.5]"],
         pytest.param(
-            ["method=okddip", "method.structure=network", "method.peers=3", "trainer.precision=bf16"],
+            [*FEW, "method=okddip", "method.structure=network", "method.peers=3", "trainer.precision=bf16"],
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -38,16 +41,22 @@ from run_helpers import (
         pytest.param(["method=independent"], marks=pytest.mark.slow),
         pytest.param(["method=dml", "scheduler=cosine"], marks=pytest.mark.slow),
         pytest.param(["method=cl_ilr"], marks=pytest.mark.slow),
-        pytest.param(["method=one", "trainer.precision=bf16"], marks=pytest.mark.slow),
         pytest.param(["method=kd", "method.teacher=teacher/last.pt"], marks=pytest.mark.slow),
         pytest.param(
             ["method=okddip", "model=densenet40_12", "model.dropout=0.2", "trainer.epochs=2"],
             marks=pytest.mark.slow,
         ),
+        pytest.param([*FEW, "method=one", "trainer.precision=bf16"], marks=pytest.mark.slow),
         pytest.param(
-            ["method=okddip", "trainer.precision=bf16", "trainer.compile=true"], marks=pytest.mark.slow
+            [*FEW, "method=okddip", "trainer.precision=bf16", "trainer.compile=true"], marks=pytest.mark.slow
         ),
-        pytest.param(["method=one", "trainer.compile=true"], marks=pytest.mark.slow),
+        pytest.param([*FEW, "method=one", "trainer.compile=true"], marks=pytest.mark.slow),
+        pytest.param(
+            ["method=kdcl", "method.structure=branch", "trainer.accumulate=2"], marks=pytest.mark.slow
+        ),
+        ["method=pcl"],
+        pytest.param(["method=dml", "method.ema_decay=0.9", "optimizer=adamw"], marks=pytest.mark.slow),
+        pytest.param([*FEW, "method=ffl", "trainer.compile=true"], marks=pytest.mark.slow),
     ],
     ids=lambda overrides: " ".join(overrides),
 )
@@ -77,20 +86,20 @@ def test_a_resumed_run_has_every_metric_once_in_the_same_mlflow_run(
         assert okddip(*SMALL).code == 1
     [folder] = (tmp_path / "outputs").glob("*/*")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 2, "timestamp_ms": 1, "train/loss": 9')  # a line that was being written
+        file.write('{"epoch": 3, "timestamp_ms": 1, "train/loss": 9')  # a line that was being written
     assert okddip(*SMALL, "trainer.resume=auto").code == 0
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     [run] = client.search_runs([client.get_experiment_by_name("okddip").experiment_id])
     assert run.info.status == "FINISHED"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
-    for name in set(lines[0]) - {"epoch", "timestamp_ms"}:
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    for name in (name for name in set(lines[0]) - {"epoch", "timestamp_ms"} if "/attention/" not in name):
         logged = client.get_metric_history(run.info.run_id, name)
         assert [(m.step, m.timestamp, m.value) for m in sorted(logged, key=lambda m: m.step)] == [
             (line["epoch"], line["timestamp_ms"], line[name]) for line in lines
         ], name
-    for name in ("final/top1", "best/top1", "best/epoch"):
+    for name in ("final/top1", "best/top1"):
         assert len(client.get_metric_history(run.info.run_id, name)) == 1
 
 

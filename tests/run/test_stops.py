@@ -14,9 +14,9 @@ from typing import Any
 
 import mlflow
 import pytest
+from program import REPOSITORY, Program
 from run_helpers import (
     BARE,
-    REPOSITORY,
     SMALL,
     STREAMED,
     TINY,
@@ -25,7 +25,6 @@ from run_helpers import (
     assert_told_once,
     draw_folders,
     lines_of,
-    start,
     the_run,
     wait_for,
     weights,
@@ -166,7 +165,7 @@ def test_a_signal_to_the_whole_group_ends_a_run_with_workers_as_killed(
     tmp_path: Path, client: mlflow.MlflowClient, number: signal.Signals
 ) -> None:
     draw_folders(tmp_path / "images")
-    process = start(tmp_path, *STREAMED, "dataset.workers=2", "trainer.epochs=10000", "hydra.run.dir=run")
+    process = Program(tmp_path, *STREAMED, "dataset.workers=2", "trainer.epochs=10000", "hydra.run.dir=run")
     wait_for(tmp_path, "run/previous.pt", process)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
@@ -212,8 +211,8 @@ def arguments_of(process: Path) -> list[bytes]:
 @pytest.mark.slow
 def test_a_job_that_submitit_preempts_is_requeued_and_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    small = [part.replace("epochs=4", "epochs=12") for part in BARE]
-    sweep = start(tmp_path, "-m", "hydra/launcher=submitit_local", *small, "seed=0")
+    small = [part.replace("epochs=4", "epochs=40") for part in BARE]
+    sweep = Program(tmp_path, "-m", "hydra/launcher=submitit_local", *small, "seed=0")
     wait_for(tmp_path, "multirun/*/*/last.pt", sweep)
     [job] = [
         int(process.name)
@@ -227,14 +226,14 @@ def test_a_job_that_submitit_preempts_is_requeued_and_goes_on(tmp_path: Path) ->
     assert "Requeued job" in log
     assert "resumes after epoch" in log
     [folder] = {path.parent for path in tmp_path.glob("multirun/*/*/last.pt")}
-    assert [line["epoch"] for line in lines_of(folder)] == list(range(12))
+    assert [line["epoch"] for line in lines_of(folder)] == list(range(1, 41))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_ends_a_run_properly_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     long = [part.replace("epochs=4", "epochs=10000") for part in SMALL]
-    process = start(tmp_path, *long)
+    process = Program(tmp_path, *long)
     wait_for(tmp_path, "outputs/*/*/last.pt", process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -252,22 +251,22 @@ def test_a_signal_ends_a_run_properly_and_says_how_to_go_on(tmp_path: Path, numb
 @pytest.mark.parametrize(
     ("kills", "overrides"),
     [
-        (12, ["method=okddip", "trainer.precision=bf16"]),
-        (8, ["method=one", "trainer.limit_batches=2", "tracking=none"]),
+        (4, ["method=okddip"]),
+        (2, ["method=one", "trainer.limit_batches=2", "tracking=none"]),
     ],
 )
 def test_a_run_killed_many_times_at_random_moments_ends_as_if_never_killed(
     tmp_path: Path, kills: int, overrides: list[str]
 ) -> None:
     command = [*(part.replace("epochs=4", "epochs=60") for part in SMALL), *overrides]
-    whole = start(tmp_path, *command, "hydra.run.dir=whole/run")
-    whole.communicate(timeout=600)
-    assert whole.returncode == 0
+    whole = Program(tmp_path, *command, "hydra.run.dir=whole/run")
+    output, _ = whole.communicate(timeout=600)
+    assert whole.returncode == 0, output
 
     moments = random.Random(0)
     killed = 0
     while killed < kills:
-        process = start(tmp_path, *command, "trainer.resume=auto")
+        process = Program(tmp_path, *command, "trainer.resume=auto")
         if killed % 2:  # while epochs pass and checkpoints are written; else anywhere, start-up included
             wait_for(tmp_path, "outputs/*/*/last.pt", process)
             lines = [path.stat().st_mtime_ns for path in tmp_path.glob("outputs/*/*/metrics.jsonl")]
@@ -277,21 +276,21 @@ def test_a_run_killed_many_times_at_random_moments_ends_as_if_never_killed(
                 time.sleep(0.001)
             time.sleep(moments.uniform(0, 0.1))
         else:
-            time.sleep(moments.uniform(0.5, 8))
+            time.sleep(moments.uniform(0.1, 3))
         assert process.poll() is None, "finished before it could be killed: make the run longer"
         process.kill()
         process.communicate()
         killed += 1
-    last = start(tmp_path, *command, "trainer.resume=auto")
+    last = Program(tmp_path, *command, "trainer.resume=auto")
     output, _ = last.communicate(timeout=600)
     assert last.returncode == 0, output
     [folder] = {path.parent for path in tmp_path.glob("outputs/*/*/last.pt")}
     assert are_the_same(weights(tmp_path / "whole" / "run"), weights(folder))
     lines = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines == list(range(60))
+    assert lines == list(range(1, 61))
     if "tracking=none" not in overrides:
         client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
         run_id = json.loads((folder / "run.json").read_text())["tracking_id"]
         assert client.get_run(run_id).info.status == "FINISHED"
         logged = client.get_metric_history(run_id, "test/top1")
-        assert sorted(metric.step for metric in logged) == list(range(60))
+        assert sorted(metric.step for metric in logged) == list(range(1, 61))
