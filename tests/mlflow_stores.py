@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,14 +14,39 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlflow
 import pytest
 
+from okddip.tracking import sqlite
 from okddip.tracking.tracker import MLflow, NoTracking
+
+if TYPE_CHECKING:  # tests on a GPU may have no MLflow
+    from mlflow import MlflowClient
+    from sqlalchemy import URL, Engine
+
+
+@pytest.fixture(autouse=True)
+def copied_tables(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New SQLite stores of this process are copies of one: MLflow makes its tables in seconds, each time."""
+    tables, made = tmp_path_factory.getbasetemp() / "tables.db", sqlite.create_store
+
+    def copy_tables(engine: "Engine") -> None:
+        with closing(sqlite3.connect(tables)) as source, closing(sqlite3.connect(engine.url.database)) as new:
+            source.backup(new)
+
+    def create_store(url: "URL") -> None:
+        from mlflow.store.db import utils
+
+        if not tables.exists():
+            made(url.set(database=str(tables)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utils, "_initialize_tables", copy_tables)
+            made(url)
+
+    monkeypatch.setattr(sqlite, "create_store", create_store)
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +170,9 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def client(empty_store: Path, tmp_path: Path) -> mlflow.MlflowClient:
+def client(empty_store: Path, tmp_path: Path) -> "MlflowClient":
     """Of the store that runs of this test write to."""
+    from mlflow import MlflowClient
+
     shutil.copy(empty_store, tmp_path / "mlflow.db")
-    return mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    return MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

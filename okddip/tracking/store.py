@@ -28,6 +28,19 @@ OPEN_SECONDS = 4.0  # until a store that does not answer is given up; the progra
 ANSWER_SECONDS = 6.0  # for one answer, where nothing can go on without it
 FINISH_SECONDS = 120.0  # to send what an ended run has left, with its files
 DATABASE = "sqlite:|postgresql|mysql|mssql"  # begins its URI
+# The description of a new experiment, which people may edit. MLflow shows its first line; the rest unfolds.
+HOW_TO_READ = """\
+Each row is a training run or a sweep, whose runs unfold below it; `final/top1` is what to compare.
+
+- `final/top1` is the test accuracy (%) after the last epoch. `best/top1` is that of the best epoch: best on
+  the test set itself, so an optimistic figure, unless images were held out (`dataset.validation`).
+- Both are the primary predictor's: the group leader for OKDDip, the student for the baseline and KD, the mean
+  of the peers for most others. `test/ensemble/top1` is their ensemble, `test/peer0/top1` a single peer.
+- A sweep has the accuracies of its best setting, which the tag `best.setting` names; its description has its
+  table and figures. A run named `teacher ...` was trained for the sweep's students.
+- For curves unfold a sweep in the chart view. Parameters are overrides of the command line.
+- `okddip task=report` compares runs in a table with intervals.
+"""
 MOST = 50_000  # runs or experiments that a store lists at once
 
 
@@ -53,6 +66,7 @@ class Store:
 
     def __init__(self, uri: str, experiment: str) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # the store is told, nobody else
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # bars between our lines
         from mlflow import MlflowClient
 
         # migrations and single failures; what matters is logged here, once
@@ -82,7 +96,9 @@ class Store:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                return self.client.create_experiment(name, artifact_location=artifacts)
+                return self.client.create_experiment(
+                    name, artifacts, tags={"mlflow.note.content": HOW_TO_READ}
+                )
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was quicker
                     raise
@@ -98,6 +114,12 @@ class Store:
 
     def cannot_open(self, error: Exception) -> ConfigError:
         """What a user is told of a store that fails."""
+        if "database is locked" in str(error):
+            return ConfigError(
+                f"tracking.uri={self.uri}: another process has been writing to this store for seconds, "
+                "or was stopped while it wrote (database is locked). End it or let it go on, and try again; "
+                "tracking=none trains without MLflow."
+            )
         return ConfigError(
             f"tracking.uri={self.uri}: this store cannot be opened ({first_line(error)}). "
             f"It must be {ALLOWED_URIS}. It comes from MLFLOW_TRACKING_URI where that is set; "
@@ -173,9 +195,6 @@ def open_store(uri: str) -> "MlflowClient":
     Raises:
         ConfigError: names the address; within 10 s.
     """
-    os.environ.setdefault(
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"
-    )  # bars of MLflow's between our lines
     if uri.startswith("sqlite:"):
         from sqlalchemy.engine import make_url
 

@@ -4,6 +4,7 @@ A run outlives its store: what cannot be sent is kept, and sent when the store a
 """
 
 import logging
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from okddip.errors import ConfigError, check_choice
-from okddip.tracking.address import without_credentials
+from okddip.tracking.address import how_to_open, without_credentials
 from okddip.tracking.outbox import SEND_SECONDS, UPLOAD_SECONDS, Outbox
 from okddip.tracking.params import MAX_KEY_LENGTH, RESUMED, flatten, params_of, valid_tags
 from okddip.tracking.source import source_tags
@@ -26,6 +27,8 @@ if TYPE_CHECKING:  # importing MLflow takes more than a second, and `okddip --he
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 logger = logging.getLogger(__name__)
+
+MATRIX_ENTRY = re.compile(r"/\d+/\d+$")
 
 
 class DatasetSplit(NamedTuple):
@@ -183,7 +186,9 @@ class MLflow:
         return None
 
     def log(self, metrics: Mapping[str, float], epoch: int, timestamp_ms: int | None = None) -> None:
-        """Log one epoch's metrics.
+        """Log one epoch's metrics, but for the entries of matrices, which are in files of the run.
+
+        MLflow's step is the epoch's number.
 
         `timestamp_ms` is in milliseconds since 1970, now if None. MLflow doubles a metric that is sent
         again with another timestamp, and not one with the same; of two at one epoch it shows the later.
@@ -191,7 +196,7 @@ class MLflow:
         when = self._now() if timestamp_ms is None else timestamp_ms
         self._latest = max(self._latest, when)
         # MLflow's pages show metrics in the order of their arrival, and the compare page plots the first
-        names = sorted(metrics, key=importance)
+        names = sorted((name for name in metrics if not MATRIX_ENTRY.search(name)), key=importance)
         self._send(f"epoch {epoch}", "metrics", [(name, float(metrics[name]), when, epoch) for name in names])
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
@@ -213,6 +218,10 @@ class MLflow:
                 self._monitor = self.store.call(ANSWER_SECONDS, start_monitor, self.uri, self.run_id)
             except Exception as error:
                 logger.warning("There are no system metrics of this run: %s", first_line(error))
+
+    def how_to_open(self) -> str:
+        """What to start to look at the run, and the address of its page; in one or two lines."""
+        return how_to_open(self.uri, self.store.experiment_id, self.run_id)
 
     def finish(self, status: str) -> None:
         """End the run as `FINISHED`, `FAILED` or `KILLED`, after a last attempt to send what is unsent.
@@ -256,6 +265,10 @@ class NoTracking:
 
     def start(self, *_: Any, **__: Any) -> str:
         """Return an empty run ID."""
+        return ""
+
+    def how_to_open(self) -> str:
+        """There is no page."""
         return ""
 
     def find(self, *_: Any, **__: Any) -> list["Run"]:

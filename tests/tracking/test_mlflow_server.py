@@ -1,8 +1,6 @@
 """MLflow as a team runs it: one server for all, its store in PostgreSQL, artifacts through the server."""
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow_stores import free_port, mlflow_server
 from omegaconf import OmegaConf
+from program import REPOSITORY, Program
 
 from okddip.run.folder import RunFolder
 from okddip.run.identity import run_identity
@@ -21,7 +20,6 @@ from okddip.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("dataset=digits", "model=resnet8", "trainer.epochs=2", "trainer.limit_batches=1")
 
 
@@ -47,17 +45,6 @@ def database() -> Iterator[str]:
         process.stdin.close()
 
 
-def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def runs(uri: str) -> tuple[MlflowClient, list[Run]]:
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("okddip")
@@ -75,19 +62,28 @@ def lacks_nothing(client: MlflowClient, run: Run, uri: str) -> None:
     assert run.data.tags["mlflow.runName"] == state["config"]["name"]
 
     epochs = RunFolder(folder).read_metrics()
-    assert [epoch for epoch, _, _ in epochs] == [0, 1]
-    summary = {"final/top1", "best/top1", "best/epoch"}
-    assert run.data.metrics.keys() == {metric for _, _, results in epochs for metric in results} | summary
+    assert [epoch for epoch, _, _ in epochs] == [1, 2]
+    summary = {"final/top1", "best/top1"}
+    by_epoch = {metric for _, _, results in epochs for metric in results if "/attention/" not in metric}
+    assert run.data.metrics.keys() == by_epoch | summary
     for metric in run.data.metrics.keys() - summary:
         points = client.get_metric_history(run.info.run_id, metric)
         assert sorted((point.step, point.timestamp, point.value) for point in points) == [
             (epoch, timestamp_ms, results[metric]) for epoch, timestamp_ms, results in epochs
         ]
-    assert [len(client.get_metric_history(run.info.run_id, metric)) for metric in summary] == [1, 1, 1]
+    assert [len(client.get_metric_history(run.info.run_id, metric)) for metric in summary] == [1, 1]
     assert run.data.metrics["final/top1"] == epochs[-1][2]["test/top1"]
 
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert files == {"config.yaml", "command.txt", "last.pt", "best.pt", "metrics.jsonl"}
+    attention = {"attention.csv", "attention.png"} if "attention" in run.data.tags else set()
+    assert files - attention == {
+        "config.yaml",
+        "command.txt",
+        "last.pt",
+        "best.pt",
+        "metrics.jsonl",
+        "main.log",
+    }
     for file in ("last.pt", "best.pt"):
         downloaded = find_checkpoint("checkpoint", f"runs:/{run.info.run_id}/{file}", uri)
         assert downloaded.parent != folder
@@ -101,9 +97,9 @@ def test_a_server_gets_all_of_eight_jobs_side_by_side(database: str, tmp_path: P
     uri = f"http://127.0.0.1:{port}"
     options = ("--backend-store-uri", database, "--artifacts-destination", f"{tmp_path}/artifacts")
     with mlflow_server(tmp_path, port, *options, "--serve-artifacts", "--workers", "2"):
-        sweep = start(
+        sweep = Program(
             tmp_path,
-            *("-m", "okddip.main", "-m", *SMALL, "method=baseline,okddip", "seed=0,1,2,3"),
+            *("-m", *SMALL, "method=baseline,okddip", "seed=0,1,2,3"),
             *("hydra/launcher=joblib", "hydra.launcher.n_jobs=8", f"tracking.uri={uri}"),
         )
         output, _ = sweep.communicate(timeout=500)
@@ -149,7 +145,7 @@ tracker.open()
 tracker.start("run", {}, {}, "", "okddip")
 tracker.finish("FINISHED")
 """
-    processes = [start(tmp_path, "-c", code, database) for _ in range(8)]
+    processes = [Program(tmp_path, database, code=code) for _ in range(8)]
     for process in processes:
         output, _ = process.communicate(timeout=300)
         assert (process.returncode, output) == (0, "")

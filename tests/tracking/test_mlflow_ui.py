@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -104,11 +105,27 @@ def test_the_table_of_runs_tells_them_apart(page: "sync_api.Page", address: str,
     assert page.get_by_text("digits (").count() >= 1  # the data set's own column
 
     page.get_by_role("button", name="Columns").click()
-    page.get_by_text("final/top1", exact=True).click()
+    # the description of the experiment names it too
+    page.get_by_test_id("column-selector-tree").get_by_text("final/top1", exact=True).click()
     page.keyboard.press("Escape")
     page.get_by_role("columnheader", name="final/top1").first.wait_for()
     accuracy = f"{jobs[0].data.metrics['final/top1']:.2f}"[:4]
     page.get_by_role("gridcell").filter(has_text=accuracy).first.wait_for()
+
+
+def test_the_chart_view_comes_up_with_accuracy_first(page: "sync_api.Page", address: str) -> None:
+    page.goto(f"{address}/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART")
+    page.get_by_text("final/top1", exact=True).first.wait_for()
+    page.get_by_text("whose runs unfold below it", exact=False).first.wait_for()  # how to read it
+    charts: list[str] = []
+    for _ in range(PATIENCE_MS // 250):  # they are drawn one after the other
+        names = page.get_by_text(re.compile(r"^(best|final|test|train)/")).all_inner_texts()
+        charts = names[names.index("test/peer0/top1") + 1 :]  # the description ends with it
+        if any(name.startswith("train/") for name in charts):
+            break
+        page.wait_for_timeout(250)
+    assert charts[:2] == ["best/top1", "final/top1"]
+    assert not [name for name in charts if "epoch" in name or "attention" in name]
 
 
 def test_the_compare_page_opens_on_methods_against_accuracy(

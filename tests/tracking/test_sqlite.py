@@ -6,8 +6,6 @@ import random
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -16,6 +14,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow.store.db import utils
+from program import Program
 from sqlalchemy import Engine, NullPool, create_engine, event
 from sqlalchemy.engine import make_url
 
@@ -25,19 +24,12 @@ from okddip.tracking import sqlite
 from okddip.tracking.store import open_store
 from okddip.tracking.tracker import MLflow
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = ("experiment=quickstart", "trainer.epochs=1", "trainer.limit_batches=1")
 
 
-def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture(autouse=True)
+def copied_tables() -> None:
+    """Here MLflow makes the tables of new stores."""
 
 
 def wait_for_the_file_of_a_store(folder: Path, alive: Callable[[], object]) -> None:
@@ -147,10 +139,10 @@ def test_a_stop_that_python_drops_leaves_none_either(tmp_path: Path, monkeypatch
 @pytest.mark.slow
 def test_a_run_stopped_at_any_moment_of_a_new_store_goes_on(tmp_path: Path) -> None:
     moments = random.Random(0)
-    for number in range(20):
+    for number in range(6):
         folder = tmp_path / str(number)
         folder.mkdir()
-        stopped = start(folder, "-m", "okddip.main", *TRAIN)
+        stopped = Program(folder, *TRAIN)
         kind = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[number % 3]
         wait_for_the_file_of_a_store(folder, lambda stopped=stopped: stopped.poll() is None)
         time.sleep(moments.uniform(0.1, 2.3))
@@ -158,7 +150,7 @@ def test_a_run_stopped_at_any_moment_of_a_new_store_goes_on(tmp_path: Path) -> N
         said, _ = stopped.communicate(timeout=300)
         if kind != signal.SIGKILL:
             assert "Resume with: okddip" in said
-        again = start(folder, "-m", "okddip.main", *TRAIN, "trainer.resume=auto")
+        again = Program(folder, *TRAIN, "trainer.resume=auto")
         output, _ = again.communicate(timeout=300)
         assert again.returncode == 0, f"{kind.name} {said} {output}"
         [run] = open_store(f"sqlite:///{folder}/mlflow.db").search_runs(["1"])
@@ -232,3 +224,14 @@ def test_a_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another program, with the tables studies"):
         MLflow(f"sqlite:///{file}", "first").open()
     assert file.read_bytes() == before
+
+
+def test_a_store_that_another_process_keeps_to_itself_is_named_with_what_to_do(
+    whole_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "CONNECT_SECONDS", 0.1)
+    with closing(sqlite3.connect(whole_store)) as other:
+        other.execute("BEGIN EXCLUSIVE")  # as one that was stopped while it wrote
+        with pytest.raises(ConfigError, match="another process has been writing to this store"):
+            MLflow(f"sqlite:///{whole_store}", "first").open()
+    works(whole_store)

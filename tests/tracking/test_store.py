@@ -3,8 +3,6 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -12,13 +10,12 @@ from pathlib import Path
 
 import pytest
 from mlflow_stores import free_port, mlflow_server, start, stored
+from program import Program
 
 from okddip.errors import ConfigError
 from okddip.tracking import store
 from okddip.tracking.address import absolute_uri
 from okddip.tracking.tracker import MLflow
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class TestAStoreThatCannotBeOpened:
@@ -125,21 +122,10 @@ for epoch in range(50):
     tracker.log({f"metric{i}": float(epoch) for i in range(20)}, epoch)
 tracker.finish("FINISHED")
 """
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(seed)],
-            cwd=tmp_path,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for seed in range(8)
-    ]
+    processes = [Program(tmp_path, str(seed), code=code) for seed in range(8)]
     for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert errors == ""
+        output, _ = process.communicate(timeout=300)
+        assert (process.returncode, output) == (0, "")
     reader = MLflow(f"sqlite:///{tmp_path}/mlflow.db", "shared")
     reader.open()
     runs = reader.store.client.search_runs([reader.store.experiment_id])

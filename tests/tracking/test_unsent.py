@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +14,13 @@ from filelock import FileLock
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow_stores import free_port, mlflow_server
+from program import Program
 
 from okddip.tracking import outbox
 from okddip.tracking.store import open_store
 from okddip.tracking.tracker import DatasetSplit, MLflow
 from okddip.tracking.unsent import unsent_file
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("dataset=digits", "model=resnet8", "method=baseline", "trainer.epochs=2", "trainer.limit_batches=1")
 
 
@@ -165,13 +163,7 @@ def test_a_damaged_note_of_what_is_unsent_keeps_no_command_from_the_store(
 @pytest.mark.slow
 def test_a_report_ends_a_killed_run_of_training(okddip: Callable[..., Answer], tmp_path: Path) -> None:
     assert okddip(*SMALL).code == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "okddip.main", *SMALL, "seed=1", "trainer.epochs=1000"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = Program(tmp_path, *SMALL, "seed=1", "trainer.epochs=1000")
     while not list(tmp_path.glob("outputs/*seed1*/*/previous.pt")):
         assert process.poll() is None
         time.sleep(0.01)
