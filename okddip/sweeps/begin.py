@@ -6,6 +6,7 @@ Between the two, jobs run in this process, in joblib's or on a cluster.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -16,11 +17,14 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from okddip.errors import ConfigError
-from okddip.sweeps.environment import START, SweepInfo, is_training
+from okddip.sweeps.environment import START, SweepInfo, announce_jobs, is_training
 from okddip.sweeps.parent import open_parent_run, sweep_overrides
 from okddip.sweeps.sweep import Sweep
+from okddip.text import for_terminal
 
 GRID = "hydra_plugins.okddip.GridSweeper"
+# They list all jobs with all overrides; here each says its name when it begins
+LAUNCHERS = ("hydra._internal.core_plugins.basic_launcher", "hydra_plugins.hydra_joblib_launcher._core")
 NO_CHDIR = (
     "hydra.job.chdir=true: would move each run to a working directory of its own, and with it relative paths"
     " and a relative tracking.uri. Leave it out; a run's files are in its output folder in any case."
@@ -34,9 +38,13 @@ class BeginSweep(Callback):
         try:
             refuse_senseless_sweep(config)
             Sweep.current = sweep = begin_sweep(config)
+            print(f"Sweep {for_terminal(sweep.name)}: composing its jobs...", file=sys.stderr, flush=True)
             sweep.lock()
+            for name in LAUNCHERS:
+                logging.getLogger(name).setLevel(logging.WARNING)
             if config.hydra.sweeper._target_ != GRID:  # which opens it when it knows the jobs
                 open_parent_run(sweep, config)
+                announce_jobs(config.hydra.sweeper.get("n_trials") or 0)
         except ConfigError as error:
             print(error, file=sys.stderr)
             raise SystemExit(1) from None
@@ -58,6 +66,11 @@ def refuse_senseless_sweep(config: DictConfig) -> None:
         raise ConfigError(
             f"multirun_presets={swept['multirun_presets']}: a preset is a sweep of its own. Give one command"
             " for each."
+        )
+    if is_training(config) and "trainer.threads" in swept:
+        raise ConfigError(
+            f"trainer.threads={swept['trainer.threads']}: the number of threads makes no other run, so only"
+            " the first would be trained. Compare their speed by task=benchmark, one command for each."
         )
     sweeper = config.hydra.sweeper
     direction = getattr(sweeper.get("direction"), "name", sweeper.get("direction"))
@@ -81,5 +94,5 @@ def begin_sweep(config: DictConfig) -> Sweep:
         outlived="submitit" in config.hydra.launcher._target_,
     )
     os.environ[START] = sweep.start
-    SweepInfo(os.getpid()).publish()
+    SweepInfo(os.getpid(), threads_named="OMP_NUM_THREADS" in os.environ).publish()
     return sweep

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from okddip.run.identity import SAME_IMAGES
+
+if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
+    from mlflow.entities import Run
 
 SWEEP = "OKDDIP_SWEEP"  # a `SweepInfo` as JSON
 START = SAME_IMAGES  # a word for this start of the sweep
@@ -25,7 +29,9 @@ class SweepInfo:
     process: int = 0  # that of the sweep itself
     name: str = ""
     parent_run: str = ""  # its ID in MLflow
+    jobs: int = 0  # how many it has, if that is known
     unnamed: list[str] = field(default_factory=list)  # what is swept and not part of the setting `name`
+    threads_named: bool = False  # whether the user has set OMP_NUM_THREADS; launchers set it for jobs
 
     def publish(self) -> None:
         os.environ[SWEEP] = json.dumps(asdict(self))
@@ -33,6 +39,13 @@ class SweepInfo:
     @classmethod
     def read(cls) -> SweepInfo:
         return cls(**json.loads(os.environ.get(SWEEP, "{}")))
+
+
+def announce_jobs(jobs: int) -> None:
+    """Let each job know how many there are; 0: nobody knows."""
+    sweep = SweepInfo.read()
+    sweep.jobs = jobs
+    sweep.publish()
 
 
 def is_job() -> bool:
@@ -52,9 +65,14 @@ def job_tags() -> dict[str, str]:
 
 
 def teacher_tags() -> dict[str, str]:
-    """The tags by which a teacher that a job trains names the sweep; it is no child of the parent run."""
+    """The tags by which a teacher that a job trains names the sweep; it is a child, but no job."""
     parent = SweepInfo.read().parent_run
-    return {TRAINED_FOR: parent} if parent else {}
+    return {TRAINED_FOR: parent, "mlflow.parentRunId": parent} if parent else {}
+
+
+def is_teacher(run: Run) -> bool:
+    """Whether a child of a sweep's parent run was trained as a teacher of its jobs, and is none of them."""
+    return TRAINED_FOR in run.data.tags and "sweep" not in run.data.tags
 
 
 def run_name(config: DictConfig) -> str:

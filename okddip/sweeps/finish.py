@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard, cast
 
 from okddip.signals import stops_deferred
-from okddip.sweeps.environment import START, SWEEP
+from okddip.sweeps.environment import START, SWEEP, is_teacher
 from okddip.sweeps.outcomes import finished_before_tags, is_success
 from okddip.sweeps.summary import print_summary
 from okddip.sweeps.sweep import Sweep
@@ -110,7 +110,8 @@ def write_report(sweep: Sweep, finished_before: Sequence[str], report: Report) -
     sweep.tracker.finish_ended_runs()  # of jobs, and of their teachers, that were killed
     try:
         client = cast("MlflowClient", InterruptibleClient(open_store(sweep.tracker.uri)))
-        runs = {run.info.run_id: run for run in sweep.tracker.find({"mlflow.parentRunId": sweep.parent_run})}
+        children = sweep.tracker.find({"mlflow.parentRunId": sweep.parent_run})
+        runs = {run.info.run_id: run for run in children if not is_teacher(run)}
         runs |= {run_id: client.get_run(run_id) for run_id in finished_before if run_id not in runs}
         report(client, list(runs.values()), sweep.folder / "report", sweep.parent_run)
     except Exception as error:  # the runs are whole without it, and `okddip task=report` makes it again

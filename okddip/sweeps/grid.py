@@ -1,35 +1,41 @@
 """Hydra's sweeper of grids, in which one job that is killed or makes no sense does not stop the others."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import ConfigCompositionException
+from hydra.errors import CompactHydraException, ConfigCompositionException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from okddip.errors import check_number
+from okddip.keys import UnknownKey, check_keys
+from okddip.sweeps.environment import announce_jobs
 from okddip.sweeps.job import NO_RESULT
 from okddip.sweeps.outcomes import Outcome
 from okddip.sweeps.parent import open_parent_run
 from okddip.sweeps.sweep import Sweep
+from okddip.text import for_terminal
 
 log = logging.getLogger(__name__)
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's own sweeper, which runs every combination of the swept values, with two changes.
+    """Hydra's own sweeper, which runs every combination of the swept values, with three changes.
 
-    Combinations with a setting that their options lack, but those of other combinations have, are skipped.
-    And the launcher is a `PatientLauncher`.
+    Combinations with a setting that their options lack, but those of other combinations have, are skipped. A
+    method that trains one student runs once beside others that have several numbers of peers. And the
+    launcher is a `PatientLauncher`.
     """
 
     def __init__(self, max_batch_size: int | None = None, params: dict[str, str] | None = None) -> None:
@@ -50,41 +56,84 @@ class GridSweeper(BasicSweeper):
         """The jobs of the sweep in batches; opens the parent run, now that there are jobs.
 
         Raises:
-            HydraException: an override is wrong in every combination.
+            HydraException: an override is wrong in every combination, or nothing reads it.
         """
         assert self.config is not None  # by setup()
         assert Sweep.current is not None  # by the callback
         [combinations] = super().split_arguments(overrides, None)
-        jobs, skipped = self.split_off_skipped(combinations)
+        jobs, skipped = self.split_off_skipped(once_without_peers(combinations, self.trains_one_student))
         open_parent_run(Sweep.current, self.config)
         Sweep.current.jobs, Sweep.current.skipped = jobs, skipped
+        announce_jobs(len(jobs))
+        more = f"; {len(skipped)} combinations make no sense and are skipped" if skipped else ""
+        print(f"{len(jobs)} jobs in {for_terminal(Sweep.current.folder)}{more}", flush=True)
         return list(self.split_overrides_to_chunks(jobs, max_batch_size))
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """That was done in `split_arguments`."""
+
+    def trains_one_student(self, method: str) -> bool:
+        """Whether the option of the override `method=OPTION` is a method of a single student."""
+        assert self.config is not None
+        assert self.hydra_context is not None
+        try:
+            config = self.hydra_context.config_loader.load_sweep_config(self.config, [method])
+            target: Any = get_class(config.method._target_) if config.method.peers == 1 else None
+            return getattr(target, "most_peers", None) == 1
+        except Exception:  # whatever is wrong with it, its jobs will say
+            return False
 
     def split_off_skipped(self, combinations: Sequence[list[str]]) -> tuple[list[list[str]], list[Outcome]]:
         """The jobs; and the combinations with a setting that their options lack, but those of others have."""
         assert self.config is not None
         assert self.hydra_context is not None
         jobs: list[list[str]] = []
-        errors: list[tuple[list[str], ConfigCompositionException]] = []
+        errors: list[tuple[list[str], CompactHydraException]] = []
         for overrides in combinations:
             try:
-                self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+                config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+                check_keys(config, config.hydra)
                 jobs.append(overrides)
+            except UnknownKey as error:
+                errors.append((overrides, error))
             except ConfigCompositionException as error:
                 if not isinstance(error.__cause__, OmegaConfBaseException):
                     raise
                 errors.append((overrides, error))
         if not jobs:
-            raise errors[0][1]
+            # the options of one combination may have what others lack
+            raise max((error for _, error in errors), key=lambda error: getattr(error, "likeness", 0))
         skipped = []
         for number, (overrides, reason) in enumerate(errors, len(jobs)):
-            key = str(reason).splitlines()[0].removeprefix("Could not override").strip(" .'")
+            key = reason.key if isinstance(reason, UnknownKey) else str(reason).splitlines()[0]
             text = f"{key}: is not a setting of the chosen options."
             skipped.append(Outcome(number, overrides, "skipped", text))
         return jobs, skipped
+
+
+def once_without_peers(
+    combinations: Sequence[list[str]], trains_one_student: Callable[[str], bool]
+) -> list[list[str]]:
+    """The combinations; one student, swept beside other methods, stands in them once, without `method.peers`.
+
+    Args:
+        combinations: of overrides.
+        trains_one_student: see `GridSweeper.trains_one_student`.
+    """
+    methods = [next((each for each in those if each.startswith("method=")), "") for those in combinations]
+    if len(set(methods)) == 1:
+        return list(combinations)
+    single = cache(trains_one_student)
+    found: dict[tuple[str, ...], list[str]] = {}
+    for overrides, method in zip(combinations, methods, strict=True):
+        rest = [each for each in overrides if not each.lstrip("+").startswith("method.peers=")]
+        if len(rest) < len(overrides) and single(method):
+            overrides = rest
+        found.setdefault(tuple(overrides), overrides)
+    if len(found) < len(combinations):
+        names = ", ".join(sorted(method for method in set(methods) if single(method)))
+        log.info("%s: one student, so one run for all values of method.peers.", names)
+    return list(found.values())
 
 
 class PatientLauncher(Launcher):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from okddip.errors import ConfigError, Incompatible
-from okddip.sweeps.environment import START, SweepInfo, is_training
+from okddip.sweeps.environment import START, SweepInfo, is_training, run_name
 from okddip.sweeps.joblib import end_with_sweep
 from okddip.sweeps.outcomes import Outcome, write_outcome
+from okddip.sweeps.progress import label_lines, progress
 from okddip.sweeps.same_run import finished_runs, interrupted_run, one_process_at_a_time
+from okddip.text import for_terminal
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,9 @@ def run_job(config: DictConfig, check: Callable[[DictConfig], None], task: Task)
         What the task returns; minus infinity if it failed or was skipped.
     """
     end_with_sweep()
+    started = time.monotonic()
     hydra = HydraConfig.get()
+    label_lines(hydra.job.num)
     folder = Path(hydra.runtime.output_dir)
     outcome = Outcome(
         job=hydra.job.num,
@@ -51,6 +56,7 @@ def run_job(config: DictConfig, check: Callable[[DictConfig], None], task: Task)
     kind, reason = "finished", ""
     try:
         check(config)
+        log.info("job        %s", for_terminal(run_name(config)))
         if is_training(config):
             value, outcome.run_id = train_once(config, task)
             kind = "finished before" if outcome.run_id else "finished"
@@ -67,7 +73,9 @@ def run_job(config: DictConfig, check: Callable[[DictConfig], None], task: Task)
         log.exception("Failed:")
     outcome.kind, outcome.reason = kind, reason
     outcome.value = value if isinstance(value, int | float) else None
+    outcome.seconds = time.monotonic() - started
     write_outcome(outcome, folder)
+    log.info("%s: %s", kind, progress(Path(hydra.sweep.dir), outcome.start, SweepInfo.read().jobs))
     return value
 
 

@@ -1,4 +1,4 @@
-"""Jobs that joblib runs side by side: which GPU each takes, and that none outlives its sweep."""
+"""Jobs that run side by side: which GPU each takes, its threads, and that none outlives its sweep."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ def choose_gpu(gpus: int) -> int | None:
 
 def is_joblib_job() -> bool:
     return str(HydraConfig.get().launcher._target_).endswith("JoblibLauncher")
+
+
+def is_side_by_side() -> bool:
+    """Whether this run is a job whose launcher runs several on this machine, and the user named no threads.
+
+    Joblib gives each of its processes a share of the cores in OMP_NUM_THREADS, unless it is set.
+    """
+    if not HydraConfig.initialized() or not is_job():
+        return False
+    sweep = SweepInfo.read()
+    shared = is_joblib_job() or str(HydraConfig.get().launcher._target_).endswith(
+        ".LocalLauncher"
+    )  # submitit's
+    return shared and sweep.process != os.getpid() and not sweep.threads_named
 
 
 def end_with_sweep() -> None:

@@ -28,6 +28,7 @@ class Outcome:
     run_id: str = ""  # of the MLflow run that finished before
     value: float | None = None  # what the job returned
     start: str = ""  # `Sweep.start`
+    seconds: float = 0.0  # that it took
 
 
 def write_outcome(outcome: Outcome, folder: Path) -> None:

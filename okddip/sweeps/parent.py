@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from okddip import invocation
+from okddip.assembly import PEERS, name_of_models
 from okddip.run.identity import (
     FOLDER_DATASETS,
     IGNORED_DATASET_SETTINGS,
@@ -81,7 +81,9 @@ def open_parent_run(sweep: Sweep, config: DictConfig) -> None:
             run_id=before,
         )
         unnamed = [key for key in swept if key not in keys_in_name(config)]
-        SweepInfo(os.getpid(), sweep.name, sweep.parent_run, unnamed).publish()
+        info = SweepInfo.read()
+        info.name, info.parent_run, info.unnamed = sweep.name, sweep.parent_run, unnamed
+        info.publish()
 
 
 def sweep_identity(name: str, config: DictConfig) -> str:
@@ -127,8 +129,10 @@ def parent_tags(config: DictConfig, swept: Mapping[str, str]) -> dict[str, str]:
         default = "each method's own" if "method" in swept else str(config.method[key])
         return swept.get(f"method.{key}", default)
 
+    models = name_of_models(OmegaConf.select(config, f"model.{PEERS}"), choices["model"])
     return {
-        **{group: swept.get(group, choices[group]) for group in ("method", "model", "dataset")},
+        **{group: swept.get(group, choices[group]) for group in ("method", "dataset")},
+        "model": swept.get("model") or swept.get(f"model.{PEERS}") or models,
         "structure": of_method("structure"),
         "peers": of_method("peers"),
         "seed": swept.get("seed", str(config.seed)),
@@ -166,4 +170,5 @@ def keys_in_name(config: DictConfig) -> set[str]:
     """The keys and groups that the setting `name` refers to."""
     name = str(OmegaConf.to_container(config, resolve=False)["name"])  # type: ignore[call-overload, index]
     keys = set(re.findall(r"\$\{([^}]+)\}", name))
-    return {key.removeprefix("options.").removeprefix("hydra:runtime.choices.") for key in keys}
+    keys = {key.removeprefix("options.").removeprefix("hydra:runtime.choices.") for key in keys}
+    return keys | ({f"model.{PEERS}"} if "model" in keys else set())  # which is called by its peers then

@@ -11,7 +11,8 @@ from okddip.sweeps.outcomes import Outcome
 from okddip.sweeps.sweep import Sweep
 from okddip.text import for_terminal
 
-EXPLAINED = ("skipped", "not started", "cut off", "failed")  # kinds of outcomes, in this order
+EXPLAINED = ("skipped", "cut off", "failed")  # kinds of outcomes, in this order
+MOST_NUMBERS = 8  # of jobs that did not begin, in one line
 
 
 def print_summary(
@@ -26,6 +27,8 @@ def print_summary(
         error: with which the program ends early.
     """
     stopped = status == "KILLED"
+    if sweep.parent_run and sweep.tracker is not None and outcomes and not stopped:
+        print(sweep.tracker.how_to_open())
     jobs = "1 job" if len(outcomes) == 1 else f"{len(outcomes) or 'no'} jobs"
     kinds = Counter(outcome.kind for outcome in outcomes)
     counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
@@ -46,8 +49,15 @@ def print_summary(
 
 
 def print_reasons(outcomes: Sequence[Outcome]) -> None:
-    """Print why jobs are not finished, each with the overrides that not all jobs have."""
+    """Print why jobs are not finished, each with the overrides that not all jobs have.
+
+    Those that did not begin have one line: there may be many, and there is one reason.
+    """
     common = set.intersection(*(set(each.overrides) for each in outcomes)) if len(outcomes) > 1 else set()
+    if waiting := [outcome for outcome in outcomes if outcome.kind == "not started"]:
+        numbers = ", ".join(f"#{outcome.job}" for outcome in waiting[:MOST_NUMBERS])
+        more = f" and {len(waiting) - MOST_NUMBERS} more" if len(waiting) > MOST_NUMBERS else ""
+        print(f"not started {numbers}{more}: {waiting[0].reason}")
     for kind in EXPLAINED:
         for outcome in outcomes:
             if outcome.kind == kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from okddip.errors import ConfigError
 from okddip.sweeps.outcomes import Outcome, read_outcomes
+from okddip.sweeps.progress import SAID
 from okddip.tracking.unsent import SWEEP_LOCK
 
 if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
@@ -56,8 +58,10 @@ class Sweep:
         except (OSError, NotImplementedError):  # a file system without locks
             return
         self.lock_file = lock
+        shutil.rmtree(self.folder / SAID, ignore_errors=True)  # of one that was killed
 
     def unlock(self) -> None:
+        shutil.rmtree(self.folder / SAID, ignore_errors=True)
         if self.lock_file is not None:
             self.lock_file.release()
 
@@ -73,7 +77,7 @@ class Sweep:
             *begun,
             *self.skipped,
             *(
-                Outcome(number, job, "not started", "the sweep, or this job's process, ended before it began")
+                Outcome(number, job, "not started", "the sweep, or the job's process, ended before it began")
                 for number, job in enumerate(self.jobs)
                 if number not in numbers
             ),

@@ -1,4 +1,4 @@
-"""The teacher of knowledge distillation: a finished run that is found, or trained first."""
+"""The teachers of knowledge distillation: finished runs that are found, or trained first."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import copy
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from okddip import distributed
 from okddip.errors import ConfigError
+from okddip.files import remove_unused
 from okddip.run import resume
 from okddip.run.identity import dataset_digests, fingerprint, run_identity
 from okddip.run.references import find_checkpoint
@@ -27,8 +29,8 @@ log = logging.getLogger(__name__)
 Train = Callable[..., float]
 
 
-def open_teacher(config: DictConfig, train: Train) -> dict[str, Any]:
-    """The checkpoint of the teacher that `method.teacher` names, or leaves to the program (`auto`).
+def open_teachers(config: DictConfig, train: Train) -> list[tuple[str, dict[str, Any]]]:
+    """The teachers that `method.teacher` names, or leaves to the program (`auto`): reference and checkpoint.
 
     Args:
         config: of the student's run; resolved.
@@ -37,34 +39,56 @@ def open_teacher(config: DictConfig, train: Train) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such checkpoint, or it names parts that are not trusted.
     """
-    reference = config.method.teacher
-    if reference == "auto":
-        reference = provide_teacher(config, train)
-    return distributed.from_rank_0(lambda: read_teacher(config, reference))
+    found = []
+    for name, teacher in teacher_references(config):
+        reference = provide_teacher(teacher, train) if teacher is not None else name
+        state = distributed.from_rank_0(partial(read_teacher, config, reference))
+        found.append((name, state))
+    return found
 
 
-def provide_teacher(config: DictConfig, train: Train) -> str:
-    """A finished baseline run of `method.teacher_model`, trained now if there is none.
+def teacher_references(config: DictConfig) -> list[tuple[str, DictConfig | None]]:
+    """What `method.teacher` names, one by one; with the configuration of each that is `auto`.
 
-    Data set, seed and training settings are those of the student. Of several processes that want the same
-    teacher one trains it, and the others wait.
+    The first `auto` has the student's seed, the next one the seed after it, and so on: a student of the next
+    seed shares all of its teachers but one.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    named = config.method.teacher
+    names = list(named) if isinstance(named, ListConfig) else [named]
+    references: list[tuple[str, DictConfig | None]] = []
+    for place, name in enumerate(names):
+        seed = config.seed + names[:place].count("auto")
+        references.append((name, teacher_config(config, seed) if name == "auto" else None))
+    return references
+
+
+def provide_teacher(teacher: DictConfig, train: Train) -> str:
+    """A finished run of a teacher's configuration, trained now if there is none.
+
+    Of several processes that want the same teacher one trains it, and the others wait.
 
     Args:
-        config: of the student's run; resolved.
+        teacher: see `teacher_config`.
         train: does a run of its own in a folder, `train(config, teacher_folder=folder)`.
 
     Returns:
         Where its checkpoint is: a folder, or `runs:/ID`.
 
     Raises:
-        ConfigError: there is no such model, or the teacher's run fails.
+        ConfigError: the teacher's run fails.
     """
-    teacher = teacher_config(config)
     with one_process_at_a_time(teacher) if distributed.rank() == 0 else nullcontext():
         if found := distributed.from_rank_0(lambda: finished_teacher(teacher)):
             return found
         folder = distributed.from_rank_0(lambda: teacher_folder(teacher))
-        train(teacher, teacher_folder=folder)
+        try:
+            train(teacher, teacher_folder=folder)
+        except ConfigError:
+            remove_unused([folder, folder.parent, folder.parent.parent])
+            raise
         # a run that was begun elsewhere is where the store says
         trained = distributed.from_rank_0(
             lambda: resume.newest_run(teacher, folder) or finished_teacher(teacher)
@@ -97,8 +121,12 @@ def teacher_folder(teacher: DictConfig) -> Path:
     return folder
 
 
-def teacher_config(config: DictConfig) -> DictConfig:
-    """The configuration of a student's teacher: a baseline with everything else the same.
+def teacher_config(config: DictConfig, seed: int) -> DictConfig:
+    """The configuration of a student's teacher: a baseline with the same data set and training settings.
+
+    Args:
+        config: of the student's run; resolved.
+        seed: of the teacher.
 
     Raises:
         ConfigError: there is no such model.
@@ -115,6 +143,7 @@ def teacher_config(config: DictConfig) -> DictConfig:
     for key in ("method", "model"):
         teacher[key] = OmegaConf.create(OmegaConf.to_container(options[key], resolve=True))
     teacher.options.method, teacher.options.model = "baseline", model
-    teacher.name = f"baseline1-seed{config.seed}-{teacher.method.structure}-{model}-{config.options.dataset}"
+    teacher.seed = seed
+    teacher.name = f"baseline1-seed{seed}-{teacher.method.structure}-{model}-{config.options.dataset}"
     teacher.trainer.resume, teacher.trainer.rerun = "auto", False
     return teacher

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig
 
-from okddip.deployment.predictors import rebuild
+from okddip.deployment.predictors import extract, rebuild
 from okddip.errors import ConfigError, Incompatible
 from okddip.run.identity import fingerprint, run_identity
 from okddip.run.references import find_checkpoint
@@ -43,12 +43,18 @@ def read_teacher(config: DictConfig, reference: str) -> dict[str, Any]:
     return state
 
 
-def describe_teacher(state: dict[str, Any]) -> dict[str, str]:
-    """Tags that say which teacher a checkpoint holds, wherever it lies.
+def describe_teachers(states: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Tags that say which teachers checkpoints hold, wherever they lie; those of several joined by ` & `.
 
     `teacher` is the same for every seed: the model, and a short hash of its settings and images;
     `teacher.seed` and `teacher.epoch` say which of them it is.
     """
+    every = [describe_teacher(state) for state in states]
+    return {name: " & ".join(tags[name] for tags in every) for name in (every[0] if every else ())}
+
+
+def describe_teacher(state: dict[str, Any]) -> dict[str, str]:
+    """See `describe_teachers`."""
     config = state["config"]
     identity = run_identity({**config, "seed": None})
     facts = {"identity": identity, **state.get("digests", {})}
@@ -59,13 +65,14 @@ def describe_teacher(state: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -> Backbone:
+def check_teacher(config: DictConfig, reference: str, state: dict[str, Any], dataset: Dataset) -> Backbone:
     """The trained network of a checkpoint, if it can teach on these images.
 
     Images of another size are warned about only.
 
     Args:
         config: of the student's run.
+        reference: what `method.teacher` has for it, for messages.
         state: the checkpoint of the teacher.
         dataset: of the student.
 
@@ -73,7 +80,7 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
         ConfigError: the network was trained on other classes or channels or with another normalisation,
             cannot take images so small, or cannot be restored.
     """
-    teacher, images = f"method.teacher={config.method.teacher}", f"dataset={config.options.dataset}"
+    teacher, images = f"method.teacher={reference}", f"dataset={config.options.dataset}"
     size = "x".join(map(str, dataset.image_size))
     theirs, ours = composed(state["classes"]), composed(dataset.classes)
     for what, is_same, learned, found in (
@@ -100,7 +107,8 @@ def check_teacher(config: DictConfig, state: dict[str, Any], dataset: Dataset) -
         group, method = rebuild(state, trust_of(config), teacher)
     except ConfigError as error:
         raise ConfigError(f"{teacher}: {error}") from error
-    network = group.extract(method.kept)
+    kept = method.averaged if method.primary == "ema/mean" else method.predictors
+    network = cast("Backbone", extract(group, method, kept[method.kept]))
     if min(dataset.image_size) < network.minimum_size:
         raise Incompatible(
             f"{teacher}: takes images of at least {network.minimum_size} pixels a side, and those of {images}"

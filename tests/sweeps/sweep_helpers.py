@@ -1,9 +1,6 @@
 """What the tests of sweeps share: a small run, processes of the program, and what they leave behind."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +9,6 @@ from conftest import Answer
 from mlflow.entities import Run
 
 Okddip = Callable[..., Answer]
-
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 SMALL = (
@@ -33,8 +27,8 @@ def runs(folder: Path, kind: str = "jobs") -> list[Run]:
     assert experiment is not None
     found = {
         "parents": lambda tags: tags.get("kind") == "sweep",
-        "jobs": lambda tags: "mlflow.parentRunId" in tags,
-        "others": lambda tags: "kind" not in tags and "mlflow.parentRunId" not in tags,
+        "jobs": lambda tags: "sweep" in tags and "kind" not in tags,
+        "others": lambda tags: not {"kind", "sweep"} & tags.keys(),  # teachers among them
     }[kind]
     stored = client.search_runs([experiment.experiment_id])
     return sorted((run for run in stored if found(run.data.tags)), key=lambda run: run.info.start_time)
@@ -43,15 +37,3 @@ def runs(folder: Path, kind: str = "jobs") -> list[Run]:
 def outcomes(folder: Path) -> list[tuple[int, str]]:
     read = [json.loads(path.read_text()) for path in folder.glob("*/outcome-*.json")]
     return sorted((outcome["job"], outcome["kind"]) for outcome in read)
-
-
-def start(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "okddip.main", *overrides],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )

@@ -21,6 +21,12 @@ def test_several_presets_at_once_are_refused(okddip: Okddip) -> None:
     assert "Traceback" not in answer.err
 
 
+def test_a_sweep_over_numbers_of_threads_is_refused(okddip: Okddip) -> None:
+    answer = okddip("-m", *SMALL, "tracking=none", "trainer.threads=1,2")
+    assert answer.code == 1
+    assert "trainer.threads=1,2: the number of threads makes no other run" in answer.err
+
+
 def test_a_sweep_on_a_store_that_cannot_be_opened_runs_no_job(okddip: Okddip, tmp_path: Path) -> None:
     answer = okddip("-m", *SMALL, "seed=0,1", "tracking.uri=sqlite:///missing/mlflow.db")
     assert answer.code == 1

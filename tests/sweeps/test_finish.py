@@ -1,15 +1,14 @@
 """The end of a sweep: its report, its parent run, its last lines."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
-from sweep_helpers import SMALL, Okddip, outcomes, runs, start
+from program import Program
+from sweep_helpers import SMALL, Okddip, outcomes, runs
 
 
 @pytest.mark.slow
@@ -55,7 +54,7 @@ def test_a_signal_ends_a_sweep_with_its_jobs_and_closes_their_runs(
 ) -> None:
     if launcher:
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    process = start(tmp_path, *SMALL, *launcher, "seed=0,1", "trainer.epochs=10000", "hydra.mode=MULTIRUN")
+    process = Program(tmp_path, *SMALL, *launcher, "seed=0,1", "trainer.epochs=10000", "hydra.mode=MULTIRUN")
     side_by_side = 2 if launcher else 1
     while len(list(tmp_path.glob("multirun/*/*/last.pt"))) < side_by_side:
         assert process.poll() is None, process.communicate()[0]
@@ -75,17 +74,16 @@ def test_jobs_of_submitit_outlive_a_sweep_that_is_stopped_and_are_waited_for(tmp
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     command = (*SMALL, "method=baseline", "seed=0,1", "trainer.epochs=60", "hydra.mode=MULTIRUN")
     command += ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5")
-    process = start(tmp_path, *command)
+    process = Program(tmp_path, *command)
     while len(list(tmp_path.glob("multirun/*/*/last.pt"))) < 2:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
     assert "Sweep seed, 2 jobs: 2 cut off.\n" in lines
     assert "Jobs that submitit was given may go on, or begin, without this process.\n" in lines
     assert process.wait(60) == 128 + signal.SIGTERM
-    again = start(tmp_path, *command)
+    again = Program(tmp_path, *command)
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
     assert "Sweep seed, 2 jobs: 2 finished before." in output
@@ -103,13 +101,7 @@ MlflowClient.log_artifacts = lambda *_: time.sleep(100)
 @pytest.mark.parametrize("change", ["", LONG_UPLOAD], ids=["writing", "waiting"])
 def test_a_signal_while_a_sweep_is_reported_on_ends_it_as_killed(tmp_path: Path, change: str) -> None:
     program = f"{change}\nfrom okddip.main import cli\ncli()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, "-m", *SMALL, "seed=0"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
+    process = Program(tmp_path, "-m", *SMALL, "seed=0", code=program)
     while "Tables and figures" not in (line := process.stdout.readline()):
         assert line, "there was no report"
     process.send_signal(signal.SIGTERM)
@@ -122,7 +114,7 @@ def test_a_signal_while_a_sweep_is_reported_on_ends_it_as_killed(tmp_path: Path,
 @pytest.mark.slow
 def test_optuna_maximizes_what_jobs_return_and_passes_over_those_that_fail(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    process = start(
+    process = Program(
         tmp_path,
         *("-m", *SMALL[:-1], "trainer.epochs=2", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid"),
         *("hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"),
@@ -140,7 +132,7 @@ def test_optuna_maximizes_what_jobs_return_and_passes_over_those_that_fail(tmp_p
 @pytest.mark.slow
 def test_what_ends_a_study_of_optuna_is_among_its_last_lines(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    process = start(
+    process = Program(
         tmp_path,
         *("-m", *SMALL, "tracking=none", "hydra/sweeper=optuna", "hydra/sweeper/sampler=random"),
         *("hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=8", "hydra.sweeper.n_jobs=1"),
@@ -150,4 +142,4 @@ def test_what_ends_a_study_of_optuna_is_among_its_last_lines(tmp_path: Path) -> 
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     assert "jobs: 3 finished." in output
-    assert output.endswith("The sweep itself ended early: Could not override 'method.temperature'.\n"), output
+    assert "The sweep itself ended early: method.temperature=" in output.splitlines()[-1], output

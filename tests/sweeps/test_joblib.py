@@ -11,12 +11,45 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig
-from sweep_helpers import REPOSITORY, SMALL, outcomes, runs, start
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from program import REPOSITORY
+from sweep_helpers import SMALL, outcomes, runs
 
 from okddip.errors import ConfigError
-from okddip.sweeps.joblib import choose_gpu
+from okddip.sweeps.environment import SweepInfo
+from okddip.sweeps.joblib import choose_gpu, is_side_by_side
 from okddip.training.devices import find_device
+
+
+def start(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
+    """A sweep as a shell starts it: joblib's processes hang on a Python of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "okddip.main", *overrides],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_job_of_joblib_shares_the_machine_unless_the_user_named_its_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = OmegaConf.create({"hydra": {"job": {"num": 1}, "launcher": {"_target_": "a.JoblibLauncher"}}})
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
+    monkeypatch.setenv("OKDDIP_SWEEP", "{}")
+    SweepInfo(process=os.getpid() + 1).publish()
+    assert is_side_by_side()
+    SweepInfo(process=os.getpid() + 1, threads_named=True).publish()
+    assert not is_side_by_side()
+    SweepInfo(process=os.getpid()).publish()  # one job at a time, in the process of the sweep
+    assert not is_side_by_side()
+    config.hydra.launcher._target_ = "a.BasicLauncher"
+    SweepInfo(process=os.getpid() + 1).publish()
+    assert not is_side_by_side()
 
 
 @pytest.mark.slow
@@ -107,7 +140,7 @@ def test_jobs_side_by_side_take_the_visible_gpus_in_turn(
     assert devices == current == [torch.device("cuda", gpu) for gpu in taken for _ in range(2)]
     assert find_device("cuda:0", choose_gpu) == torch.device("cuda:0")
     assert find_device("cpu", choose_gpu) == torch.device("cpu")
-    assert len(current) == 10
+    assert current[10:] == [torch.device("cuda:0")]  # the one that is named; none for the CPU
 
 
 @pytest.mark.parametrize(
@@ -139,7 +172,8 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 from okddip.run.identity import run_identity
-from okddip.sweeps.joblib import choose_gpu
+from okddip.sweeps.environment import SweepInfo
+from okddip.sweeps.joblib import choose_gpu, is_side_by_side
 from okddip.training.devices import find_device
 
 torch.cuda.is_available = lambda: True

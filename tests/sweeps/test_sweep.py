@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
-from sweep_helpers import SMALL, Okddip, start
+from program import Program
+from sweep_helpers import SMALL, Okddip
 
 
 @pytest.mark.slow
 def test_a_second_sweep_in_the_folder_of_one_that_goes_on_is_refused(okddip: Okddip, tmp_path: Path) -> None:
     common = ("-m", *SMALL, "method=baseline", "hydra.sweep.dir=sweep")
-    first = start(tmp_path, *common, "seed=0,1", "trainer.epochs=1000")
+    first = Program(tmp_path, *common, "seed=0,1", "trainer.epochs=1000")
     try:
         while not list(tmp_path.glob("sweep/0-*/outcome-*.json")):
             assert first.poll() is None, first.communicate()[0]

@@ -3,11 +3,14 @@
 import os
 import shutil
 import signal
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sweep_helpers import SMALL, Okddip, outcomes, runs, start
+from program import Program
+from sweep_helpers import SMALL, Okddip, outcomes, runs
 
 
 @pytest.mark.slow
@@ -17,6 +20,9 @@ def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path:
     [teacher] = runs(tmp_path, "others")
     assert teacher.info.run_name == "teacher baseline1-seed0-network-resnet14-digits"
     assert teacher.info.status == "FINISHED"
+    [sweep] = runs(tmp_path, "parents")
+    assert teacher.data.tags["mlflow.parentRunId"] == sweep.info.run_id  # and none of its jobs:
+    assert "baseline" not in (tmp_path / "kd" / "report" / "table.txt").read_text()
     assert [run.data.params["method.teacher"] for run in runs(tmp_path)] == ["auto", "auto"]
     [kind] = {run.data.tags["teacher"] for run in runs(tmp_path)}
     assert kind.startswith("resnet14-")
@@ -31,6 +37,25 @@ def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path:
     others = runs(tmp_path, "others")
     assert sorted(run.data.tags["seed"] for run in others) == ["0", "1", "1"]
     assert [run.data.tags["teacher"] for run in others if "teacher" in run.data.tags] == [kind]
+
+
+@pytest.mark.slow
+def test_a_student_has_several_teachers(okddip: Okddip, tmp_path: Path) -> None:
+    common = (*SMALL, "method=kd", "methods.teacher_model=resnet14")
+    for seed, seeds in ((0, "0 & 1"), (1, "1 & 2")):
+        answer = okddip(*common, "methods.teacher=[auto,auto]", f"seed={seed}")
+        assert answer.code == 0, answer.err
+        students = [run for run in runs(tmp_path, "others") if run.data.tags["method"] == "kd"]
+        assert students[-1].data.tags["teacher.seed"] == seeds
+    teachers = [run.data.tags["seed"] for run in runs(tmp_path, "others") if run.data.tags["method"] != "kd"]
+    assert teachers == ["0", "1", "2"]  # the one that both have is trained once
+
+    folders = [run.data.tags["folder"] for run in runs(tmp_path, "others")[:2]]
+    answer = okddip(*common, "tracking=none", f"method.teacher=[{','.join(folders)}]", "hydra.run.dir=named")
+    assert answer.code == 0, answer.err
+    assert "teacher1 " in answer.out
+    answer = okddip("task=evaluate", "checkpoint=named", "tracking=none")
+    assert answer.code == 0, answer.err
 
 
 def test_a_teacher_that_cannot_be_is_refused(okddip: Okddip) -> None:
@@ -65,6 +90,15 @@ def test_a_teacher_is_found_in_whatever_experiment_it_was_trained(okddip: Okddip
     assert "teacher    baseline1-seed0-network-resnet8-digits, trained first" in answer.out
 
 
+def is_locked(database: Path) -> bool:
+    with closing(sqlite3.connect(database, timeout=0)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tracking", ["tracking=mlflow", "tracking=none"])
 def test_a_teacher_is_waited_for_where_a_plain_run_trains_it(tmp_path: Path, tracking: str) -> None:
@@ -72,16 +106,22 @@ def test_a_teacher_is_waited_for_where_a_plain_run_trains_it(tmp_path: Path, tra
     place = {"tracking=none": "outputs/baseline1-seed0-network-resnet8-digits/plain"}.get(
         tracking, "else/where"
     )
-    plain = start(tmp_path, *common, "method=baseline", f"hydra.run.dir={place}")
+    plain = Program(tmp_path, *common, "method=baseline", f"hydra.run.dir={place}")
     while not (tmp_path / place / "last.pt").exists():
         assert plain.poll() is None, plain.communicate()[0]
         time.sleep(0.01)
     os.killpg(plain.pid, signal.SIGSTOP)
+    while tracking == "tracking=mlflow" and is_locked(tmp_path / "mlflow.db"):  # it was just writing
+        os.killpg(plain.pid, signal.SIGCONT)
+        time.sleep(0.05)
+        os.killpg(plain.pid, signal.SIGSTOP)
     teacher = ("method=kd", "method.teacher=auto", "method.teacher_model=resnet8")
-    student = start(tmp_path, *common, *teacher, "hydra.run.dir=student")
-    assert student.stdout is not None
-    while "another process" not in (line := student.stdout.readline()):
-        assert line, "it did not wait"
+    student = Program(tmp_path, *common, *teacher, "hydra.run.dir=student")
+    said = ""
+    while "another process" not in said:
+        line = student.stdout.readline()
+        assert line, f"it did not wait: {said}"
+        said += line
     os.killpg(plain.pid, signal.SIGCONT)
     output, _ = plain.communicate(timeout=300)
     assert plain.returncode == 0, output
@@ -96,7 +136,7 @@ def test_a_teacher_is_waited_for_where_a_plain_run_trains_it(tmp_path: Path, tra
 def test_a_teacher_whose_process_ends_with_its_sweep_is_not_called_running(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     teacher = ("method=kd", "method.teacher=auto", "method.teacher_model=resnet14")
-    process = start(
+    process = Program(
         tmp_path, "-m", *SMALL, *teacher, "seed=0", "trainer.epochs=10000", "hydra/launcher=joblib"
     )
     while not list(tmp_path.glob("outputs/baseline1*/*/last.pt")):
