@@ -1,21 +1,30 @@
 """Groups of runs that differ in nothing but the seed: means, and differences to the baseline."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 from okddip.tasks.report import runs
-from okddip.tasks.report.published import Published, ablations, option, published_for
+from okddip.tasks.report.columns import (
+    PEER_SETTINGS,
+    changed_settings,
+    reference_settings,
+    round_long_numbers,
+    settings_column,
+    varying_settings,
+)
+from okddip.tasks.report.costs import Cost, cost_of, predictor_of
+from okddip.tasks.report.intervals import Difference, best_of, mean_difference
+from okddip.tasks.report.measured import Measured, measured_for
+from okddip.tasks.report.published import Published, published_for
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-METHODS = ("baseline", "independent", "kd", "dml", "cl_ilr", "one", "okddip")  # the order of rows
+# the order of rows
+METHODS = ("baseline", "independent", "kd", "dml", "cl_ilr", "one", "okddip", "kdcl", "ffl", "pcl")
 # what a reader asks for first of the settings that do not vary
 COMMON_SETTINGS = {
     "model": "model",
@@ -24,20 +33,11 @@ COMMON_SETTINGS = {
     "trainer.epochs": "epochs",
     "dataset.train_size": "train_size",
 }
-PEER_SETTINGS = ("method.peers", "method.structure")
-ROUNDING_ERROR = 1e-9  # percent; a smaller spread is none
-LONG_NUMBER = re.compile(r"(?=.{8})-?\d+\.\d+(e-?\d+)?")
 SETTINGS_COLUMN = "settings"  # one column where several settings of the method vary, as ablations do
 SCORES = {"last": "final/top1", "best": "best/top1"}
-
-
-class Difference(NamedTuple):
-    """Mean of ours less theirs, with its 95% interval (NaN if the runs do not give one)."""
-
-    mean: float
-    low: float
-    high: float
-    pairs: int  # of runs with the same seed; 0: not paired
+ENSEMBLE = "test/ensemble/top1"  # after the last epoch
+# values of these differ for reasons of their own: the best is looked for among rows that have the same
+APART = ("model", "dataset.train_size", "trainer.epochs")
 
 
 @dataclass
@@ -47,9 +47,12 @@ class Group:
     values: dict[str, str]  # of the table's columns
     settings: dict[str, str]
     runs: list["Run"]
-    scores: pd.DataFrame  # index seed; columns `last` and `best`: top-1 in percent
+    scores: pd.DataFrame  # index seed; columns `last`, `best` and `ensemble` (may be NaN): top-1 in percent
     differences: dict[str, Difference]  # by score; empty: there is no baseline, or this is it
+    predictor: str  # whose accuracy `last` and `best` are
+    cost: Cost
     published: list[Published]
+    measured: Measured | None  # with this program, by its authors
 
     @property
     def method(self) -> str:
@@ -74,6 +77,21 @@ class Comparison:
         values = pd.Series([group.values[column] for group in self.groups])
         return dict(zip(values, round_long_numbers(values), strict=True))
 
+    def best(self, column: str) -> list[bool]:
+        """Which groups have the best mean of a column of scores, or one within its interval.
+
+        Among those of the same model, training images and epochs.
+        """
+        places: dict[tuple[str, ...], list[int]] = {}
+        for place, group in enumerate(self.groups):
+            places.setdefault(tuple(group.settings.get(key, "") for key in APART), []).append(place)
+        found = {
+            those[index]
+            for those in places.values()
+            for index in best_of([self.groups[place].scores[column] for place in those])
+        }
+        return [place in found for place in range(len(self.groups))]
+
     def label(self, group: Group) -> str:
         """What tells a group from the others of its model: its method, and what varies within that."""
         same_method = [
@@ -81,10 +99,13 @@ class Comparison:
             for other in self.groups
             if other.method == group.method and other.settings.get("model") == group.settings.get("model")
         ]
+        varying = [name for name in self.columns if len({other.values[name] for other in same_method}) > 1]
+        without = [name for name in varying if name != "structure"]  # which the name of an ablation may say
+        if len({tuple(other.values[name] for name in without) for other in same_method}) == len(same_method):
+            varying = without
         words = [group.method]
-        for column in self.columns:
-            value = self.displayed_values(column)[group.values[column]]
-            if len({other.values[column] for other in same_method}) > 1 and value:
+        for column in varying:
+            if value := self.displayed_values(column)[group.values[column]]:
                 plain = {"peers": f"{value} peers", SETTINGS_COLUMN: value, "structure": value}
                 words.append(plain.get(column, f"{column} {value}"))
         return ", ".join(words)
@@ -111,27 +132,35 @@ def compare_dataset(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     differing = [changed_settings(row, usual[row["method"]], of_method) for _, row in settings.iterrows()]
     inner = [key for key in of_method if key not in PEER_SETTINGS]
     named: dict[str, str] = {}
-    if len(inner) > 1:
-        names = [ablation_name(row["method"], differing[index]) for index, row in settings.iterrows()]
-        texts = [as_text(changes, inner) for changes in differing]
-        named = {name: text for name, text in zip(names, texts, strict=True) if name and text}
+    if merged := settings_column(settings, differing, inner):
+        column, named = merged
         displayed = displayed.drop(columns=[columns[key] for key in inner])
-        displayed[SETTINGS_COLUMN] = [name or text for name, text in zip(names, texts, strict=True)]
+        displayed[SETTINGS_COLUMN] = column
     groups = []
     for values, rows in displayed.groupby(list(displayed.columns)):
         by_seed = {int(runs.seed(chosen[row])): chosen[row] for row in rows.index}  # the newest of each
         newest = [by_seed[seed] for seed in sorted(by_seed)]
         scores = pd.DataFrame(
             {
-                name: results.loc[[run.info.run_id for run in newest], metric].to_numpy()
-                for name, metric in SCORES.items()
+                name: results.reindex(columns=[metric])[metric][
+                    [run.info.run_id for run in newest]
+                ].to_numpy()
+                for name, metric in (SCORES | {"ensemble": ENSEMBLE}).items()
             },
             index=sorted(by_seed),
         )
         own = by_run[rows.index[0]]
         groups.append(
             Group(
-                dict(zip(displayed.columns, values, strict=True)), own, newest, scores, {}, published_for(own)
+                values=dict(zip(displayed.columns, values, strict=True)),
+                settings=own,
+                runs=newest,
+                scores=scores,
+                differences={},
+                predictor=predictor_of(newest),
+                cost=cost_of(newest),
+                published=published_for(own),
+                measured=measured_for(newest),
             )
         )
     repeated = len(chosen) - sum(len(group.runs) for group in groups)
@@ -175,89 +204,6 @@ def compare_dataset(dataset: str, chosen: Sequence["Run"]) -> Comparison:
     )
 
 
-def round_long_numbers(column: pd.Series) -> pd.Series:
-    """Values of a setting with four digits where they have more than seven, if that leaves them apart."""
-    short = column.map(lambda value: f"{float(value):.4g}" if LONG_NUMBER.fullmatch(value) else value)
-    return short if short.nunique() == column.nunique() else column
-
-
-def reference_settings(rows: pd.DataFrame) -> dict[str, str]:
-    """What a method's runs are compared with: its option file, and where no run has that, what most have."""
-    usual = dict(option("method", rows["method"].iloc[0]))
-    for key in usual.keys() & set(rows.columns):
-        found = rows[key].value_counts(normalize=True)
-        if usual[key] not in found and found.iloc[0] > 0.5:
-            usual[key] = str(found.index[0])
-    return usual
-
-
-def changed_settings(
-    settings: Mapping[str, str] | pd.Series, usual: Mapping[str, str], keys: Sequence[str]
-) -> dict[str, str]:
-    """The settings among `keys` that are not the usual ones."""
-    return {key: settings[key] for key in keys if settings.get(key, "") not in ("", usual.get(key))}
-
-
-def as_text(changes: Mapping[str, str], keys: Sequence[str]) -> str:
-    return " ".join(f"{key.removeprefix('method.')}={changes[key]}" for key in keys if key in changes)
-
-
-def ablation_name(method: str, changes: Mapping[str, str]) -> str:
-    """The name of the option of the group `ablation` that makes these changes; empty if there is none.
-
-    Peers have a column of their own.
-    """
-    if method != "okddip":
-        return ""
-    changes = {key: value for key, value in changes.items() if key != "method.peers"}
-    return next((name for name, its in ablations().items() if its == changes), "")
-
-
-def varying_settings(settings: pd.DataFrame) -> dict[str, str]:
-    """The settings that vary, and short names for them; the method always.
-
-    A setting of a group counts if it varies among runs with the same option of that group: that methods
-    have other settings than one another is no news. Peers and structure count in any case; and a setting that
-    some runs have and others have not, where nothing else tells them apart.
-    """
-    keys = ["method"]
-    others: list[str] = []
-    for key in sorted(settings.columns, key=lambda key: key.count(".")):
-        part = key.partition(".")[0]
-        option = next((name for name in (part, f"{part}._target_") if name in settings), None)
-        if key == "method" or (key.endswith("._target_") and key != option):
-            continue
-        if key == option or option is None or key in PEER_SETTINGS:
-            varies = settings[key].nunique() > 1
-        else:
-            present = settings[settings[key] != ""]
-            varies = bool((present.groupby(option)[key].nunique() > 1).any())
-        # an interpolated setting repeats the one that it refers to; a teacher often follows from the others
-        if not varies or key == runs.TEACHER:
-            others.append(key)
-        elif not any(settings[key].equals(settings[known]) for known in keys):
-            keys.append(key)
-    for key in others:
-        if (settings.groupby(keys)[key].nunique() > 1).any():
-            keys.append(key)
-    if runs.TEACHER in keys:  # which names the model
-        keys = [key for key in keys if key != f"{runs.TEACHER}_model"]
-    return short_names(keys)
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key, or as many parts as tell it from the others."""
-    names = {}
-    for key in keys:
-        parts = key.removesuffix("._target_").split(".")
-        endings = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
-        others = [other.removesuffix("._target_") for other in keys if other != key]
-        names[key] = next(
-            (end for end in endings if not any(f".{other}".endswith(f".{end}") for other in others)), key
-        )
-    return names
-
-
 def sort_key(group: Group) -> list[tuple[int, float, str]]:
     """By model, then method from the plainest on, then the other columns; numbers by size."""
     values = dict(group.values)
@@ -272,30 +218,3 @@ def sort_key(group: Group) -> list[tuple[int, float, str]]:
         except ValueError:
             keys.append((1, 0.0, value))
     return keys
-
-
-def mean_difference(ours: pd.Series, theirs: pd.Series) -> Difference:
-    """Mean difference with its 95% interval, from Student's t.
-
-    Over the pairs of runs with the same seed if there are at least two, otherwise Welch's for two samples; of
-    a single run, and of two without a seed in common, there is no interval.
-    There is none if nothing varies: accuracies on few images are often equal, and that is no certainty.
-
-    Args:
-        ours, theirs: scores; the index is the seed.
-    """
-    paired = (ours - theirs).dropna()  # aligned by seed
-    if len(paired) >= 2:
-        mean, pairs = paired.mean(), len(paired)
-        error, freedom = paired.sem(), float(pairs - 1)
-    else:
-        mean, pairs = ours.mean() - theirs.mean(), 0
-        squares = np.array([ours.sem() ** 2, theirs.sem() ** 2])  # NaN for a single run
-        error = np.sqrt(squares.sum())
-        sizes = np.array([len(ours), len(theirs)])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            freedom = float(squares.sum() ** 2 / (squares**2 / (sizes - 1)).sum())
-        if len(paired) == 1 and sizes.min() == 1:
-            mean, pairs = paired.mean(), 1
-    half = float(stats.t.ppf(0.975, freedom) * error) if error > ROUNDING_ERROR else np.nan
-    return Difference(float(mean), float(mean - half), float(mean + half), pairs)

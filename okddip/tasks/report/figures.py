@@ -1,17 +1,12 @@
-"""Figures of a comparison, one file each as PNG and PDF.
-
-Colours are those of Okabe and Ito (Color Universal Design, 2008) without yellow, which white paper swallows;
-a marker and a line style say the same as a colour. Figures are drawn without pyplot, whose state is global.
-"""
+"""Figures of a comparison, one file each as PNG and PDF: what there is, and those of results."""
 
 import hashlib
 import logging
-import math
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,58 +15,68 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from okddip.signals import raise_deferred_stop
+from okddip.tasks.attention import ENTRY, TAG
 from okddip.tasks.report import runs
+from okddip.tasks.report.attention import History, draw_attention, has_attention, read_attention
 from okddip.tasks.report.compare import Comparison, Group
-from okddip.text import FIGURES, for_terminal
+from okddip.tasks.report.curves import draw_over_epochs, draw_over_time, squashing
+from okddip.tasks.report.intervals import FEWEST_SEEDS, mean_interval
+from okddip.tasks.report.styles import (
+    DPI,
+    RC_PARAMS,
+    Series,
+    groups_of,
+    legend_below,
+    look,
+    new_figure,
+    seeds_of,
+    series_of,
+)
+from okddip.text import for_terminal
 from okddip.tracking.params import params_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
-PREDICTORS = {"leader": "group leader", "mean": "mean peer", "ensemble": "ensemble of peers"}
-RC_PARAMS = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,  # letters stay letters in the PDF
-    **FIGURES,
+# how a predictor fills the marker of its method
+PREDICTORS = {
+    "leader": ("group leader", "full"),
+    "mean": ("mean peer", "left"),
+    "ema/mean": ("mean averaged peer", "bottom"),
+    "ensemble": ("ensemble of peers", "none"),
 }
-WIDTH, HEIGHT = 6.3, 2.8  # inches; the text width of A4, and a height to which a legend adds
-LEGEND_ROW = 0.18  # inches
-DPI = 200
-FEWEST_EPOCHS_TO_MAGNIFY = 8
-ATTENTION = re.compile(r"test/attention/(\d+)/(\d+)")
+FILLS = ("full", "left", "bottom", "right", "top")  # of peers that differ
+PEERS = re.compile(r", \d+ peers")  # in the name of a group
+GREY = "#444444"  # of what stands for all methods
 MAX_NAME_BYTES = 150  # most file systems take 255 with an ending
 MOST_ATTENTION = 8  # figures of attention for one data set and model
-MOST_SEEDS, MOST_EPOCHS = 3, 4  # of attention matrices in one figure
+LABEL_WIDTH = 30  # letters in a line
+ROW_HEIGHT = 0.36  # inches
 
 log = logging.getLogger(__name__)
-
-# all points of a metric: index epoch from 1 on
-History = Callable[["Run", str], pd.Series]
 
 
 def write_figures(client: "MlflowClient", comparisons: Sequence[Comparison], folder: Path) -> None:
     """Write the figures that the runs' metrics allow, for each data set and model."""
 
-    @cache
-    def history(run_id: str, metric: str) -> pd.Series:
-        return runs.metric_history(client, run_id, metric).rename(lambda epoch: epoch + 1)
+    known: dict[tuple[str, str], pd.Series] = {}
 
-    def of_run(run: "Run", metric: str) -> pd.Series:
-        return history(run.info.run_id, metric)
+    files: dict[str, dict[str, pd.Series]] = {}
+
+    def history(run: "Run", metric: str) -> pd.Series:
+        run_id = run.info.run_id
+        if TAG in run.data.tags and ENTRY.fullmatch(metric):
+            if run_id not in files:
+                files[run_id] = read_attention(client, run)
+            return files[run_id].get(metric, pd.Series(dtype=float))
+        if (run_id, metric) not in known:
+            known[run_id, metric] = runs.metric_history(client, run, metric)
+        return known[run_id, metric]
 
     written: set[str] = set()
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs each letter in a PDF
@@ -79,7 +84,7 @@ def write_figures(client: "MlflowClient", comparisons: Sequence[Comparison], fol
         for comparison in comparisons:
             for model in dict.fromkeys(group.settings["model"] for group in comparison.groups):
                 name = f"{comparison.dataset}-{model}"
-                for kind, figure in draw(comparison, model, of_run).items():
+                for kind, figure in draw(comparison, model, history).items():
                     raise_deferred_stop()
                     stem = file_name(f"{kind}-{name}", written)
                     for ending in ("png", "pdf"):
@@ -102,27 +107,24 @@ def file_name(words: str, taken: set[str]) -> str:
 
 def draw(comparison: Comparison, model: str, history: History) -> dict[str, Figure]:
     """The figures of one data set and model, by kind."""
-    groups = {
-        for_terminal(comparison.label(group)): group
-        for group in comparison.groups
-        if group.settings["model"] == model
-    }
+    series = series_of(comparison, model)
     place = for_terminal(f"{comparison.dataset}, {model}")
     figures = {
-        "accuracy": draw_over_epochs(groups, history, "test/top1", "Test top-1 (%)", place),
+        "headline": draw_headline(series, place),
+        "accuracy": draw_over_epochs(series, history, "test/top1", "Test top-1 (%)", place),
+        "time": draw_over_time(series, history, place),
         "diversity": draw_over_epochs(
-            groups,
-            history,
-            "test/diversity",
-            "Diversity (mean L2 distance\nof peers' softmax outputs)",
-            place,
+            *(series, history, "test/diversity"),
+            *("Diversity (mean L2 distance\nof peers' softmax outputs)", place),
+            log=True,
         ),
-        "predictors": draw_predictors(groups, place),
-        "peers": draw_against_peers(groups, history, place),
+        "predictors": draw_predictors(series, place),
+        "peers": draw_against_peers(series, history, place),
     }
-    attentive = [label for label, group in groups.items() if any(has_attention(run) for run in group.runs)]
-    for label in attentive[:MOST_ATTENTION]:
-        figures[f"attention-{label}"] = draw_attention(groups[label], history, f"{label} on {place}")
+    attentive = [each for each in series if has_attention(each.group)]
+    for each in attentive[:MOST_ATTENTION]:
+        key = f"attention-{for_terminal(comparison.label(each.group))}"
+        figures[key] = draw_attention(each.group, history, f"{each.name} on {place}")
     if len(attentive) > MOST_ATTENTION:
         log.info(
             "%s: attention is drawn of the first %d of %d settings; report.where chooses others.",
@@ -131,108 +133,186 @@ def draw(comparison: Comparison, model: str, history: History) -> dict[str, Figu
     return {kind: figure for kind, figure in figures.items() if figure is not None}
 
 
-def draw_over_epochs(
-    groups: dict[str, Group], history: History, metric: str, name: str, place: str
-) -> Figure | None:
-    """A metric against the epoch: the mean over seeds, in a band of one standard deviation.
-
-    A second panel shows the end of the run, whose differences the first epochs' range would hide.
-    """
-    tables = {
-        label: pd.DataFrame({runs.seed(run): history(run, metric) for run in group.runs}).dropna(how="all")
-        for label, group in groups.items()
-    }
-    numbers = {label: number for number, label in enumerate(tables)}  # the same style in all figures
-    tables = {label: table for label, table in tables.items() if not table.empty}
-    if not tables:
-        return None
-    last = max(int(table.index[-1]) for table in tables.values())
-    starts = [0] if last < FEWEST_EPOCHS_TO_MAGNIFY else [0, last - last // 4]
-    most = 100 if metric.endswith("top1") else None
-    figure, panels = new_figure(place, len(starts))
-    for axes, start in zip(panels, starts, strict=True):
-        for label, table in tables.items():
-            shown = table[table.index >= start]
-            mean, std = shown.mean(axis=1), shown.std(axis=1).fillna(0)
-            style = style_of(numbers[label]) | {"markevery": max(1, len(mean) // 8)}
-            axes.plot(mean.index, mean, label=label, **style)
-            low, high = (mean - std).clip(lower=0), (mean + std).clip(upper=most)
-            axes.fill_between(mean.index, low, high, color=style["color"], alpha=0.12, linewidth=0)
-        axes.set_xlabel("Epoch (last quarter)" if start else "Epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        if last == 1:
-            axes.set_xlim(0, 2)
-    panels[0].set_ylabel(name)
-    legend_below(figure, panels[0], seeds_caption(groups[label] for label in tables))
-    return figure
-
-
-def draw_predictors(groups: dict[str, Group], place: str) -> Figure | None:
-    """Leader, mean peer and ensemble after the last epoch, for each group with peers."""
-    with_peers = {
-        label: group for label, group in groups.items() if "test/ensemble/top1" in group.runs[0].data.metrics
-    }
-    if not with_peers:
-        return None
-    figure, (axes,) = new_figure(place, height=0.9 + 0.4 * len(with_peers))
-    rows = np.arange(len(with_peers))
-    for number, (predictor, name) in enumerate(PREDICTORS.items()):
-        scores = [
-            pd.Series([run.data.metrics.get(f"test/{predictor}/top1", np.nan) for run in group.runs])
-            for group in with_peers.values()
-        ]
-        style = style_of(number) | {"linestyle": "none"}
-        axes.errorbar(
-            [score.mean() for score in scores],
-            rows + 0.22 * (number - 1),
-            xerr=[score.std() if len(score) > 1 else 0 for score in scores],
-            label=name,
-            capsize=2,
-            **style,
+def draw_headline(series: Sequence[Series], place: str) -> Figure:
+    """The table as a picture: a row a setting, a dot a run, mean and 95% interval, ensemble and cost."""
+    figure, (axes,) = new_figure(place, height=0.75 + ROW_HEIGHT * len(series))
+    shown = {"run": False, "interval": False, "ensemble": False}
+    for row, each in enumerate(series):
+        scores, color, marker = each.group.scores["last"], each.style["color"], each.style["marker"]
+        ensemble = each.group.scores["ensemble"].mean()
+        if not np.isnan(ensemble) and each.group.predictor != "ensemble":
+            axes.plot(ensemble, row, "D", color=color, fillstyle="none", markersize=6, markeredgewidth=1)
+            shown["ensemble"] = True
+        if len(scores) > 1:
+            beside = 0.22 * (np.arange(len(scores)) % 2 * 2 - 1)  # so that equal ones do not hide each other
+            axes.plot(scores, row + beside, ".", color=color, alpha=0.65, markersize=7, markeredgewidth=0)
+            shown["run"] = True
+        half = mean_interval(scores)
+        shown["interval"] |= not np.isnan(half)
+        bar: dict[str, Any] = {} if np.isnan(half) else {"xerr": half, "capsize": 2.5, "elinewidth": 1.3}
+        axes.errorbar(scores.mean(), row, color=color, marker=marker, markersize=6, **bar)
+        cost = "\n".join(filter(None, (each.group.cost.training, each.group.cost.inference)))
+        axes.annotate(
+            *(cost, (1.01, row)),
+            xycoords=axes.get_yaxis_transform(),
+            fontsize=6,
+            va="center",
+            color=GREY,
+            annotation_clip=False,
         )
-    axes.set_yticks(rows, [textwrap.fill(label, 30) for label in with_peers])
-    axes.set_ylim(len(with_peers) - 0.5, -0.5)
+    if any(each.group.cost.training or each.group.cost.inference for each in series):
+        axes.set_title("training / kept", loc="right", fontsize=6, color=GREY)
+    baseline = draw_baseline(axes.axvline, series, [each.group.scores["last"].mean() for each in series])
+    put_rows(axes, [each.label for each in series])
+    choose_range(axes, series, ("last", "ensemble"))
     axes.set_xlabel("Test top-1 after the last epoch (%)")
-    axes.grid(axis="y", visible=False)
-    legend_below(figure, axes, seeds_caption(with_peers.values()))
+    mark = {"color": GREY, "linestyle": "none"}
+    handles = [Line2D([], [], marker="o", label="mean", **mark)]  # type: ignore[arg-type]
+    if shown["interval"]:
+        handles[0].set_label("mean and its 95% interval")
+    if shown["run"]:
+        handles.append(Line2D([], [], marker=".", label="a run", **mark))  # type: ignore[arg-type]
+    if shown["ensemble"]:
+        named = {"marker": "D", "fillstyle": "none", "label": "ensemble of all peers"}
+        handles.append(Line2D([], [], **named, **mark))  # type: ignore[arg-type]
+    legend_below(figure, [*handles, *baseline], seeds_of(groups_of(series)))
     return figure
 
 
-def draw_against_peers(groups: dict[str, Group], history: History, place: str) -> Figure | None:
-    """Accuracy and the time of a training step against the number of peers."""
-    series: dict[str, list[Group]] = {}
-    for label, group in groups.items():
-        series.setdefault(re.sub(r", \d+ peers", "", label), []).append(group)
-    series = {label: members for label, members in series.items() if len(members) > 1}
+def draw_baseline(draw_line: Any, series: Sequence[Series], values: Sequence[float]) -> list[Line2D]:
+    """A line for the baseline across a figure, if there is one of them."""
+    found = [value for each, value in zip(series, values, strict=True) if each.group.method == "baseline"]
+    if len(found) != 1 or len(series) == 1:
+        return []
+    color, _ = look("baseline")
+    return [draw_line(found[0], color=color, linestyle="--", linewidth=0.9, zorder=0.5, label="baseline")]
+
+
+def put_rows(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), [textwrap.fill(label, LABEL_WIDTH) for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+
+
+def choose_range(axes: Axes, series: Sequence[Series], columns: Sequence[str]) -> None:
+    """A range of accuracies that failed settings do not squash; their rows say where they are."""
+    spans = []
+    for each in series:
+        values = each.group.scores[list(columns)].to_numpy().ravel()
+        half = np.nan_to_num(mean_interval(each.group.scores["last"]))
+        mean = each.group.scores["last"].mean()
+        spans.append((min(np.nanmin(values), mean - half), max(np.nanmax(values), mean + half)))
+    below = squashing(spans)
+    if not below:
+        return
+    kept = [span for row, span in enumerate(spans) if row not in below]
+    low, high = min(low for low, _ in kept), max(high for _, high in kept)
+    axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    for row in below:
+        axes.text(
+            *(0.005, row, f"◂ {series[row].group.scores['last'].mean():.2f}"),
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=8,
+            color=series[row].style["color"],
+        )
+
+
+def draw_predictors(series: Sequence[Series], place: str) -> Figure | None:
+    """Leader, mean peer and ensemble after the last epoch, for each group with peers.
+
+    Where peers differ, each of them in place of their mean.
+    """
+    series = [each for each in series if "test/ensemble/top1" in each.group.runs[0].data.metrics]
     if not series:
         return None
+    predictors = predictors_of(series)
+    found = {
+        predictor: [
+            pd.Series([run.data.metrics.get(f"test/{predictor}/top1", np.nan) for run in each.group.runs])
+            for each in series
+        ]
+        for predictor in predictors
+    }
+    found = {name: scores for name, scores in found.items() if any(s.notna().any() for s in scores)}
+    figure, (axes,) = new_figure(place, height=0.9 + (0.14 + 0.1 * len(found)) * len(series))
+    for number, (predictor, scores) in enumerate(found.items()):
+        _, fill = predictors[predictor]
+        aside = 0.6 / len(found) * (number - (len(found) - 1) / 2)
+        for row, (each, those) in enumerate(zip(series, scores, strict=True)):
+            bar: dict[str, Any] = {"xerr": those.std()} if len(those) >= FEWEST_SEEDS else {}
+            style = each.style | {"linestyle": "none", "fillstyle": fill, "elinewidth": 0.9}
+            axes.errorbar(those.mean(), row + aside, capsize=2, markerfacecoloralt="white", **bar, **style)
+    put_rows(axes, [each.name for each in series])
+    choose_range(axes, series, ("last", "ensemble"))
+    axes.set_xlabel("Test top-1 after the last epoch (%)")
+    mark = {"color": GREY, "marker": "o", "linestyle": "none", "markerfacecoloralt": "white"}
+    handles = [
+        Line2D([], [], label=predictors[name][0], fillstyle=predictors[name][1], **mark)  # type: ignore[arg-type]
+        for name in found
+    ]
+    legend_below(figure, handles, deviation_caption(groups_of(series)))
+    return figure
+
+
+def predictors_of(series: Sequence[Series]) -> dict[str, tuple[str, str]]:
+    """The predictors to draw, each with its name and how it fills a marker."""
+    different = [peer for each in series for peer in runs.different_peers(each.group.runs[0])]
+    if not different:
+        return PREDICTORS
+    fills = dict(zip(dict.fromkeys(peer.predictor for peer in different), cycle(FILLS), strict=False))
+    named = {peer.predictor: (for_terminal(peer.name), fills[peer.predictor]) for peer in different}
+    return named | {"ensemble": PREDICTORS["ensemble"]}
+
+
+def draw_against_peers(series: Sequence[Series], history: History, place: str) -> Figure | None:
+    """Accuracy and the time of a training step against the number of peers; the baseline as a line."""
+    lines: dict[str, list[Series]] = {}
+    for each in series:
+        lines.setdefault(re.sub(PEERS, "", each.name), []).append(each)
+    lines = {name: members for name, members in lines.items() if len(members) > 1}
+    if not lines:
+        return None
     figure, (accuracy, time) = new_figure(place, 2)
-    devices: set[str] = set()
-    for number, (label, members) in enumerate(series.items()):
-        members = sorted(members, key=peer_count)
-        aside = 0.08 * (number - (len(series) - 1) / 2)  # bars of one count stand side by side
-        counts = [peer_count(group) + aside for group in members]
-        times = [pd.Series([step_ms(run, history) for run in group.runs]) for group in members]
-        tags = (runs.tag(run, "device") or "" for group in members for run in group.runs)
-        devices |= {tag.partition(":")[0] for tag in tags} - {""}  # jobs side by side: cuda:0, cuda:1
-        for axes, scores in ((accuracy, [group.scores["last"] for group in members]), (time, times)):
+    speeds = {id(each): pd.Series([step_ms(run, history) for run in each.group.runs]) for each in series}
+    for number, members in enumerate(lines.values()):
+        members = sorted(members, key=lambda each: peer_count(each.group))
+        aside = 0.08 * (number - (len(lines) - 1) / 2)  # bars of one count stand side by side
+        counts = [peer_count(each.group) + aside for each in members]
+        style = members[0].style
+        for axes, scores in (
+            (accuracy, [each.group.scores["last"] for each in members]),
+            (time, [speeds[id(each)] for each in members]),
+        ):
             axes.errorbar(
                 counts,
                 [score.mean() for score in scores],
-                yerr=[score.std() if len(score) > 1 else 0 for score in scores],
-                label=label,
+                yerr=[score.std() if len(score) >= FEWEST_SEEDS else 0 for score in scores],
+                label=re.sub(PEERS, "", members[0].label),
                 capsize=2,
-                **style_of(number),
+                **style,
             )
+    draw_baseline(accuracy.axhline, series, [each.group.scores["last"].mean() for each in series])
+    draw_baseline(time.axhline, series, [speeds[id(each)].mean() for each in series])
     for axes in (accuracy, time):
         axes.set_xlabel("Peers")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy.set_ylabel("Final test top-1 (%)")
-    named = for_terminal(" and ".join(sorted(devices)) or "the device")
-    time.set_ylabel(f"Training step on {named} (ms)")
+    drawn = [each.group for members in lines.values() for each in members]
+    devices = {runs.device(run) for group in drawn for run in group.runs} - {""}
+    time.set_ylabel(f"Training step on {' and '.join(sorted(devices)) or 'the device'} (ms)")
     time.set_ylim(bottom=0)
-    legend_below(figure, time, seeds_caption(group for members in series.values() for group in members))
+    legend_below(figure, time.get_legend_handles_labels()[0], deviation_caption(drawn))
     return figure
+
+
+def deviation_caption(groups: Sequence[Group]) -> str:
+    """What a point and its bar are."""
+    seeds = seeds_of(groups)
+    if seeds == "one seed":
+        return seeds
+    bars = any(len(group.runs) >= FEWEST_SEEDS for group in groups)
+    return f"mean{' ± standard deviation' if bars else ''} over {seeds}"
 
 
 def peer_count(group: Group) -> int:
@@ -245,94 +325,3 @@ def step_ms(run: "Run", history: History) -> float:
     if len(speed) > 1:
         speed = speed.iloc[1:]
     return 1000 * int(params_of(run)["trainer.batch_size"]) / float(speed.median())
-
-
-def draw_attention(group: Group, history: History, title: str) -> Figure | None:
-    """OKDDip's attention, mean over the test images: a row a seed, columns from the first epoch to the last.
-
-    Not averaged over seeds: the second peer of one seed has nothing to do with that of another.
-    """
-    matrices = {runs.seed(run): attention_by_epoch(run, history) for run in group.runs}
-    matrices = {seed: by_epoch for seed, by_epoch in matrices.items() if by_epoch}
-    if not matrices:
-        return None
-    seeds = list(matrices)[:MOST_SEEDS]
-    known = sorted(set.intersection(*(set(matrices[seed]) for seed in seeds)))
-    picked = np.linspace(0, len(known) - 1, min(MOST_EPOCHS, len(known))).round().astype(int)
-    epochs = [known[position] for position in picked]
-    count = len(matrices[seeds[0]][epochs[0]])
-    side = 1.3
-    figure = Figure(figsize=(side * len(epochs) + 1.2, side * len(seeds) + 0.8), layout="constrained")
-    figure.suptitle(title, fontsize=9)
-    grid = figure.subplots(len(seeds), len(epochs), squeeze=False, sharex=True, sharey=True)
-    most = max(matrices[seed][epoch].max() for seed in seeds for epoch in epochs)
-    for axes, epoch in zip(grid[0], epochs, strict=True):
-        axes.set_title(f"epoch {epoch}", fontsize=9)
-    for row, seed in zip(grid, seeds, strict=True):
-        for axes, epoch in zip(row, epochs, strict=True):
-            matrix = matrices[seed][epoch]
-            image = axes.imshow(matrix, vmin=0, vmax=most, cmap="cividis")
-            axes.grid(visible=False)
-            axes.set_xticks(range(count))
-            axes.set_yticks(range(count))
-            if count <= 4:
-                for (asks, answers), weight in np.ndenumerate(matrix):
-                    color = "black" if weight > 0.6 * most else "white"
-                    axes.text(
-                        answers, asks, f"{weight:.2f}", ha="center", va="center", color=color, fontsize=7
-                    )
-        row[0].set_ylabel(f"seed {seed}")
-    figure.supxlabel("auxiliary peer that is asked", fontsize=9)
-    figure.supylabel("auxiliary peer that asks", fontsize=9)
-    figure.colorbar(image, ax=grid, label="attention weight (rows sum to 1)", shrink=0.8)
-    return figure
-
-
-def has_attention(run: "Run") -> bool:
-    return any(ATTENTION.fullmatch(name) for name in run.data.metrics)
-
-
-def attention_by_epoch(run: "Run", history: History) -> dict[int, np.ndarray]:
-    """The matrices of a run by epoch, [A asks, A answers]; none if it logged none."""
-    names = {name: match for name in run.data.metrics if (match := ATTENTION.fullmatch(name))}
-    if not names:
-        return {}
-    entries = pd.DataFrame(
-        {(int(match[1]), int(match[2])): history(run, name) for name, match in names.items()}
-    ).dropna()
-    return {int(epoch): row.unstack().to_numpy() for epoch, row in entries.iterrows()}
-
-
-def new_figure(title: str, panels: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.suptitle(title, fontsize=9)
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
-
-
-def style_of(number: int) -> dict[str, Any]:
-    """Colour, marker and line of a series; none of the first 280 looks like another."""
-    return {
-        "color": COLORS[number % len(COLORS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": LINES[number % len(LINES)],
-        "markersize": 4,
-        "linewidth": 1.3,
-    }
-
-
-def legend_below(figure: Figure, axes: Axes, title: str) -> None:
-    """Under the axes, where it covers no line; the figure grows by its rows."""
-    handles, labels = axes.get_legend_handles_labels()
-    columns = 2 if max(map(len, labels)) > 28 else 3
-    labels = [textwrap.fill(label, 40) for label in labels]
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
-    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (1 + math.ceil(len(labels) / columns)))
-
-
-def seeds_caption(groups: Iterable[Group]) -> str:
-    """What a point and its bar or band are."""
-    counts = sorted({len(group.runs) for group in groups})
-    if counts == [1]:
-        return "one seed"
-    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"mean ± standard deviation over {seeds} seeds"

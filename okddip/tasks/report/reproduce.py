@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from okddip.assembly import PEERS, compose_networks
 from okddip.errors import ConfigError
 from okddip.older_versions import updated
 from okddip.plain_data import plain
@@ -179,11 +180,20 @@ def find_overrides(wanted: Mapping[str, Any], ignored: Collection[str] = SWITCHE
     """
     defaults = compose_resolved([])["options"]
     chosen = [
-        f"{group}={option}" for group, option in wanted["options"].items() if option != defaults.get(group)
+        f"{group}={option}"
+        for group, option in wanted["options"].items()
+        if option != defaults.get(group) and not (group == "model" and wanted["model"].get(PEERS))
     ]
+    chosen += peers_overrides(wanted)
     for group in UNNAMED_GROUPS:
         chosen += option_with_target(group, wanted, chosen)
     return complete_overrides(wanted, chosen, ignored)
+
+
+def peers_overrides(wanted: Mapping[str, Any]) -> list[str]:
+    """The override that names the networks of a configuration, where its peers differ."""
+    peers = wanted["model"].get(PEERS)
+    return [f"model.{PEERS}={as_override(peers)}"] if peers else []
 
 
 def complete_overrides(
@@ -234,6 +244,7 @@ def compose_resolved(arguments: Sequence[str]) -> dict[str, Any]:
     try:
         with open_dict(config):
             del config["hydra"]
+        compose_networks(config)
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     finally:
         hydra.cfg = before

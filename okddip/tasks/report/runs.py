@@ -1,5 +1,6 @@
 """Which runs are compared: found in a store, and finished."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -7,10 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 
 from okddip.errors import ConfigError
+from okddip.older_versions import LATER_SETTINGS, first_epoch
 from okddip.run.identity import FOLDER_DATASETS, IGNORED_DATASET_SETTINGS, IGNORED_SETTINGS
+from okddip.run.summary import PARAMETERS
+from okddip.sweeps.environment import is_teacher
 from okddip.sweeps.outcomes import finished_before
 from okddip.text import NUMBER, for_terminal
-from okddip.tracking.params import digests_of, params_of
+from okddip.tracking.params import CONTEXT, digests_of, flatten, params_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -21,6 +25,7 @@ REQUIRED_PARAMS = {"method", "seed", "trainer.epochs"}  # params of a training r
 TEACHER = "method.teacher"  # the param: where it is
 LENGTHS = "lengths"  # tag of a run that an older version lengthened against its schedule
 CONSTANTS = {"null": None, "true": True, "false": False}  # as params have them
+BEST_EPOCH = "best/epoch"  # a metric in older runs; now a tag, which MLflow draws no bar of
 OTHER_KINDS = {"kind", "task"}  # tags of the parents of sweeps, evaluations and benchmarks
 
 
@@ -86,7 +91,8 @@ def search(
         found = [
             run
             for run in found
-            if sweep in (tag(run, "sweep"), tag(run, "mlflow.parentRunId")) or run.info.run_id in before
+            if (sweep in (tag(run, "sweep"), tag(run, "mlflow.parentRunId")) and not is_teacher(run))
+            or run.info.run_id in before
         ]
     return found, searched, len(everything)
 
@@ -184,12 +190,30 @@ def table(chosen: Sequence["Run"]) -> pd.DataFrame:
             "start": pd.to_datetime(run.info.start_time, unit="ms", utc=True),
             "sweep": for_terminal(tag(run, "sweep") or ""),
             "folder": for_terminal(tag(run, "folder") or ""),
-            **{key: as_value(text) for key, text in params_of(run).items()},
-            **run.data.metrics,
+            **{key: as_value(text) for key, text in all_params(run).items()},
+            **last_values(run),
         }
         for run in chosen
     ]
     return pd.DataFrame(rows, index=pd.Index([run.info.run_id for run in chosen], name="run_id"))
+
+
+def all_params(run: "Run") -> dict[str, str]:
+    """The params of a run, also those that it has not: of settings that came later, and of their first value.
+
+    The option file of a newer method may have another value; without this its runs could not be told apart.
+    """
+    return flatten(LATER_SETTINGS) | params_of(run)
+
+
+def last_values(run: "Run") -> dict[str, float]:
+    """The last value of each metric; the best epoch counted from 1."""
+    values = dict(run.data.metrics)
+    if best := tag(run, BEST_EPOCH.replace("/", ".")):
+        values[BEST_EPOCH] = float(best)
+    if BEST_EPOCH in values:
+        values[BEST_EPOCH] += 1 - first_epoch(run.data.tags)
+    return values
 
 
 def as_value(text: str) -> object:
@@ -201,10 +225,10 @@ def as_value(text: str) -> object:
     return for_terminal(text)
 
 
-def metric_history(client: "MlflowClient", run_id: str, metric: str) -> pd.Series:
-    """All values of a metric of a run, by epoch from 0 on, as MLflow has them."""
-    points = client.get_metric_history(run_id, metric)
-    values = {point.step: point.value for point in points}
+def metric_history(client: "MlflowClient", run: "Run", metric: str) -> pd.Series:
+    """All values of a metric of a run, by epoch from 1 on; an older version counted from 0 in MLflow."""
+    points = client.get_metric_history(run.info.run_id, metric)
+    values = {point.step + 1 - first_epoch(run.data.tags): point.value for point in points}
     return pd.Series(values, name=metric, dtype=float).rename_axis("epoch").sort_index()
 
 
@@ -212,13 +236,14 @@ def settings(run: "Run") -> dict[str, str]:
     """What may tell one row of a table from another: no seed, no place; and what a teacher is, not where."""
     known = {
         key: value
-        for key, value in params_of(run).items()
+        for key, value in all_params(run).items()
         if not key.startswith(IGNORED_SETTINGS)
         and not (key.startswith("dataset.") and key.rpartition(".")[2] in IGNORED_DATASET_SETTINGS)
         and key not in ("seed", TEACHER)
     }
     if teacher := tag(run, "teacher"):
-        known |= {TEACHER: teacher, f"{TEACHER}_model": teacher.rpartition("-")[0]}
+        models = [each.rpartition("-")[0] for each in teacher.split(" & ")]
+        known |= {TEACHER: teacher, f"{TEACHER}_model": " & ".join(models)}
     return known
 
 
@@ -256,6 +281,33 @@ def teacher_seed_and_epoch(run: "Run") -> tuple[str, str]:
 
 def seed(run: "Run") -> str:
     return params_of(run)["seed"]
+
+
+class DifferentPeer(NamedTuple):
+    """One of several networks of different architectures."""
+
+    predictor: str  # as in the names of metrics
+    model: str
+    parameters: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.predictor} ({self.model})"
+
+
+def different_peers(run: "Run") -> list[DifferentPeer]:
+    """The peers of a run whose networks differ; else none."""
+    models = params_of(run).get("model.peers", "null")
+    if not models.startswith("["):
+        return []
+    sizes = (tag(run, PARAMETERS) or "").strip("[]").split(",")
+    peers = []
+    for index, model in enumerate(models.strip("[]").split(",")):
+        name = f"peer{index}"
+        predictor = name if f"test/{name}/top1" in run.data.metrics else "leader"  # which is the last
+        size = sizes[index] if index < len(sizes) else ""
+        peers.append(DifferentPeer(predictor, model, f"{int(size):,}" if size.isdecimal() else "unknown"))
+    return peers
 
 
 class TestSet(NamedTuple):
@@ -300,6 +352,22 @@ def same_test_images(one: TestSet, other: TestSet) -> bool:
     if one.digest and other.digest and one.size == other.size:
         return one.digest == other.digest
     return one.place == other.place
+
+
+def device(run: "Run") -> str:
+    """The kind of device that a run was trained on; of jobs side by side, cuda:0 and cuda:1, the same."""
+    return for_terminal((tag(run, "device") or "").partition(":")[0])
+
+
+def train_images(run: "Run") -> int | None:
+    """How many training images a run has; None if the store does not say."""
+    for used in run.inputs.dataset_inputs if run.inputs else []:
+        if any(each.key == CONTEXT and each.value == "train" for each in used.tags):
+            try:
+                return int(json.loads(used.dataset.profile or "")["num_rows"])
+            except (TypeError, ValueError, KeyError):  # anybody may have written it
+                return None
+    return None
 
 
 def tag(run: "Run", name: str) -> str | None:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from okddip.errors import ConfigError
 from okddip.tasks.report import figures, reproduce, runs, tables
-from okddip.tasks.report.compare import compare
+from okddip.tasks.report.compare import SCORES, Comparison, compare
 from okddip.text import for_markdown, for_terminal
 from okddip.tracking.params import MAX_TAG_LENGTH
 from okddip.tracking.store import open_store
@@ -86,7 +86,25 @@ def make(
     if parent_run_id is not None:
         client.log_artifacts(parent_run_id, str(folder), "report")
         update_description(client, parent_run_id, folder)
+        log_best_setting(client, parent_run_id, comparisons)
     return folder
+
+
+def log_best_setting(client: "MlflowClient", run_id: str, comparisons: Sequence[Comparison]) -> None:
+    """Log as a tag which setting of a sweep is best after the last epoch, and its mean accuracies as metrics.
+
+    They are named as those of its runs, so that one column of MLflow's table has both.
+    """
+    groups = [(group, comparison) for comparison in comparisons for group in comparison.groups]
+    best, comparison = max(groups, key=lambda each: each[0].scores["last"].mean())
+    words = [comparison.label(best)]
+    if len({group.settings["model"] for group, _ in groups}) > 1:
+        words.append(best.settings["model"])
+    if len(comparisons) > 1:
+        words.append(comparison.dataset)
+    client.set_tag(run_id, "best.setting", " on ".join(words)[:MAX_TAG_LENGTH])
+    for score, metric in SCORES.items():
+        client.log_metric(run_id, metric, best.scores[score].mean(), step=0)
 
 
 def update_description(client: "MlflowClient", run_id: str, folder: Path) -> None:
@@ -95,7 +113,9 @@ def update_description(client: "MlflowClient", run_id: str, folder: Path) -> Non
     table = (folder / "table.md").read_text(encoding="utf-8")
     figures = [
         f"![{for_markdown(path.stem)}](get-artifact?path=report/{quote(path.name)}&run_uuid={run_id})"
-        for path in sorted(folder.glob("*.png"))
+        for path in sorted(
+            folder.glob("*.png"), key=lambda path: (not path.name.startswith("headline"), path)
+        )
     ]
     for parts in (
         [table, *figures],

@@ -5,18 +5,22 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from report_store import made_runs
 from scipy import stats
 
-from okddip.tasks.report.compare import (
+from okddip.tasks.report.columns import (
     ablation_name,
     changed_settings,
-    mean_difference,
+    named_changes,
     reference_settings,
     round_long_numbers,
+    settings_column,
     short_names,
     varying_settings,
 )
-from okddip.tasks.report.published import option
+from okddip.tasks.report.compare import compare
+from okddip.tasks.report.intervals import best_of, mean_difference
+from okddip.tasks.report.published import option, published_for
 from okddip.tasks.report.tables import difference_with_interval
 
 
@@ -56,9 +60,29 @@ def test_a_single_run_has_a_difference_and_no_interval() -> None:
 def test_a_single_run_is_compared_with_the_run_of_its_seed() -> None:
     found = mean_difference(scores([94.0], [1]), scores([90.0, 93.5, 97.0], [0, 1, 2]))
     assert (found.mean, found.pairs) == (0.5, 1)
-    assert difference_with_interval(found) == "+0.50 1 pair"
+    assert difference_with_interval(found) == "+0.50 [fewer than 3 seeds] 1 pair"
     unpaired = mean_difference(scores([94.0], [7]), scores([90.0, 94.0], [0, 1]))
-    assert difference_with_interval(unpaired) == "+2.00 unpaired"
+    assert difference_with_interval(unpaired) == "+2.00 [fewer than 3 seeds] unpaired"
+
+
+def test_an_interval_takes_three_seeds_and_a_minus_is_no_hyphen() -> None:
+    two = mean_difference(scores([94.0, 95.0], [0, 1]), scores([94.5, 96.5], [0, 1]))
+    assert difference_with_interval(two) == "−1.00 [fewer than 3 seeds] 2 pairs"
+    unpaired = mean_difference(scores([94.0, 95.0, 96.5], [0, 1, 2]), scores([94.5, 96.0], [3, 4]))
+    assert difference_with_interval(unpaired) == "−0.08 [fewer than 3 seeds] unpaired"
+    three = mean_difference(scores([94.0, 95.0, 93.0], [0, 1, 2]), scores([94.5, 96.5, 94.0], [0, 1, 2]))
+    assert difference_with_interval(three) == "−1.00 [−2.24, +0.24] 3 pairs"
+    equal = mean_difference(scores([1.0, 2.0, 3.0], [0, 1, 2]), scores([0.0, 1.0, 2.0], [0, 1, 2]))
+    assert difference_with_interval(equal) == "+1.00 3 pairs"
+
+
+def test_the_best_mean_and_those_within_its_interval_stand_out() -> None:
+    best = scores([94.0, 95.0, 96.0], [0, 1, 2])  # 95 within 4.303 * 1 / sqrt(3) = 2.48
+    near, far = best - 2.4, best - 2.5
+    missing = scores([float("nan")] * 3, [0, 1, 2])
+    assert best_of([far, best, near, missing]) == {1, 2}
+    assert best_of([best[:2] - 0.1, best[:2]]) == set()  # two seeds have no interval
+    assert best_of([best, missing]) == set()  # nothing to be better than
 
 
 @pytest.mark.parametrize(
@@ -160,3 +184,55 @@ def test_short_names_are_as_long_as_they_must_be() -> None:
         "model.size": "model.size",
         "optimizer._target_": "optimizer",
     }
+
+
+def test_an_ablation_crossed_with_another_setting_keeps_its_name() -> None:
+    full = {"method": "okddip", "method.temperature": "3", "method.attention": "true"}
+    changes = [
+        {},
+        {"method.attention": "false"},
+        {"method.temperature": "2", "method.peers": "3"},
+        {"method.temperature": "2", "method.attention": "false"},
+        {"method.structure": "network", "method.attention": "false"},
+        {"method.leader": "false", "method.attention": "false"},
+    ]
+    rows = pd.DataFrame([full | change for change in changes]).fillna("")
+    merged = settings_column(rows, changes, ["method.temperature", "method.attention", "method.leader"])
+    assert merged is not None
+    column, named = merged
+    assert column[:4] == ["full", "no_attention", "full temperature=2", "no_attention temperature=2"]
+    assert column[4:] == [
+        "no_attention",
+        "attention=false leader=false",
+    ]  # networks have a column of their own
+    assert named == {"no_attention": "attention=false"}
+    assert named_changes("okddip", {"method.structure": "network"}) == ("networks", {})
+
+
+def test_a_single_setting_is_a_column_unless_its_values_are_ablations() -> None:
+    def merged(key: str, *values: str) -> list[str] | None:
+        usual = option("method", "okddip")[key]
+        rows = pd.DataFrame({"method": "okddip", key: [usual, *values]})
+        found = settings_column(rows, [{}, *({key: value} for value in values)], [key])
+        return None if found is None else found[0]
+
+    assert merged("method.attention", "false") == ["full", "no_attention"]
+    assert merged("method.temperature", "2") is None
+    assert merged("method.alpha", "0", "0.5") is None
+
+
+@pytest.mark.parametrize("method", ["pcl", "kdcl"])
+def test_what_an_option_file_sets_and_older_runs_had_not_tells_rows_apart(method: str) -> None:
+    """A run says nothing of `views=shared`, which is what runs had before there was that setting."""
+    default, shared, averaged = (
+        made_runs(f"method={method}", *overrides, last=[90, 91, 92])
+        for overrides in ((), ("method.views=shared",), ("method.ema_decay=0.5",))
+    )
+    assert "method.views" not in shared[0].data.params
+    [comparison] = compare([*default, *shared, *averaged])
+    assert [len(group.runs) for group in comparison.groups] == [3, 3, 3]
+    assert comparison.reference == "default"
+    [plain] = [group for group in comparison.groups if not group.differences]
+    assert {run.info.run_id for run in plain.runs} == {run.info.run_id for run in default}
+    [other] = [group for group in comparison.groups if group.settings["method.views"] == "shared"]
+    assert "views=each" in [mark for figure in published_for(other.settings) for mark in figure.marks]

@@ -25,6 +25,7 @@ from okddip.tracking.tracker import MLflow
 
 Okddip = Callable[..., Answer]
 KINDS = {
+    *("headline-cifar10-resnet32", "headline-digits-resnet8"),
     *("accuracy-cifar10-resnet32", "diversity-cifar10-resnet32", "predictors-cifar10-resnet32"),
     *("peers-cifar10-resnet32", "attention-okddip_3_peers-cifar10-resnet32"),
     *("attention-okddip_4_peers-cifar10-resnet32", "accuracy-digits-resnet8"),
@@ -87,7 +88,7 @@ def test_runs_in_python_are_rows_with_settings_and_metrics_as_numbers(uri: str) 
     assert (row["seed"], row["method.peers"], row["trainer.channels_last"]) == (0, 1, True)
     assert (row["final/top1"], row["best/top1"]) == (97, 97.5)
     by_epoch = okddip.history(str(row.name), "test/top1", uri=uri)
-    assert list(by_epoch.index) == list(range(EPOCHS))
+    assert list(by_epoch.index) == list(range(1, EPOCHS + 1))
     assert by_epoch.iloc[-1] == 97
     with pytest.raises(ConfigError, match=r"There is no training run in .*, sweep=day"):
         okddip.runs("day", uri=uri, experiment="compare")
@@ -97,8 +98,8 @@ def test_a_row_a_group_with_mean_deviation_and_interval(folder: Path) -> None:
     lines = (folder / "table.txt").read_text().splitlines()
     assert lines[0].startswith("Test top-1 (%) on cifar10, resnet32, 12 epochs")
     assert lines[2].split() == [
-        *("method", "peers", "structure", "n", "last", "epoch", "best", "epoch", "last", "-", "baseline"),
-        "published",
+        *("method", "peers", "structure", "predictor", "n", "last", "epoch", "best", "epoch", "ensemble"),
+        *("last", "−", "baseline", "training", "published"),
     ]
     methods = [line.split()[:2] for line in lines[4:8]]
     assert methods == [["baseline", "1"], ["dml", "4"], ["okddip", "3"], ["okddip", "4"]]
@@ -106,9 +107,13 @@ def test_a_row_a_group_with_mean_deviation_and_interval(folder: Path) -> None:
     assert "3  93.00 ± 1.00  93.50 ± 1.00" in baseline
     assert "[" not in baseline
     # differences 1.5, 1.0, 1.5: mean 1.333, standard error 0.1667, t(0.975, 2) = 4.3027
-    assert "3  94.33 ± 1.04  94.83 ± 1.04  +1.33 [+0.62, +2.05] 3 pairs" in okddip
-    # no seed in common: variances 0.5/2 + 1/3, 2.88 degrees of freedom, t = 3.257
-    assert "2  93.50 ± 0.71  94.00 ± 0.71  +0.50 [-1.99, +2.99] unpaired" in dml
+    assert "3  94.33 ± 1.04  94.83 ± 1.04  95.33 ± 1.04  +1.33 [+0.62, +2.05] 3 pairs" in okddip
+    # no seed in common; the interval, [-1.99, +2.99], is that of two seeds on one side
+    assert "2  93.50 ± 0.71  94.00 ± 0.71  94.50 ± 0.71  +0.50 [fewer than 3 seeds] unpaired" in dml
+    predictors = [line.split()[3] for line in (baseline, okddip)]
+    assert predictors == ["student", "leader"]
+    assert "branch     leader" in okddip
+    assert "network    mean peer" in dml
 
 
 @pytest.mark.slow
@@ -130,15 +135,14 @@ def test_ablations_are_named_and_compared_with_the_whole_method(tmp_path: Path, 
     add_runs(client, experiment, *okddip, *twice, last=[91, 91], **two)
     folder = make(client, runs.find_runs(client, uri, "ablations"), tmp_path / "report")
     text = (folder / "table.txt").read_text()
-    rows = {line.split("  2  ")[0].split()[-1]: line for line in text.splitlines()[4:9]}
+    rows = {line.split("leader   ")[0].split()[-1]: line for line in text.splitlines()[4:9]}
     assert rows.keys() == {"full", "no_attention", "networks", "no_ramp", "attention=false"}
-    assert "last - default" in text
-    assert "[+" not in rows["full"]
-    assert "[-" not in rows["full"]
-    assert "-0.90 [" in rows["no_attention"]
+    assert "last − default" in text
+    assert "pairs" not in rows["full"]
+    assert "−0.90 [" in rows["no_attention"]
     assert "+1.50 [" in rows["networks"]
     assert "leader=false attention=false" in rows["attention=false"]
-    assert "last - default: difference to the same method with the settings of its option file" in text
+    assert "last − default: difference to the same method with the settings of its option file" in text
     assert "no_attention: attention=false" in text
 
     add_runs(client, experiment, *okddip, "method.peers=3", last=[93, 93], **two)
@@ -236,9 +240,11 @@ def test_left_out_runs_are_counted_and_data_sets_kept_apart(folder: Path) -> Non
 
 
 def test_markdown_latex_and_csv_hold_the_same_table(folder: Path) -> None:
-    assert "| okddip | 4 | branch | 3 | 94.33 ± 1.04 |" in (folder / "table.md").read_text()
+    assert "| okddip | 4 | branch | leader | 3 | **94.33 ± 1.04** |" in (folder / "table.md").read_text()
     latex = (folder / "table.tex").read_text()
-    assert r"okddip & 4 & branch & 3 & 94.33 $\pm$ 1.04 & 94.83 $\pm$ 1.04 & $+$1.33 [$+$0.62" in latex
+    assert r"okddip & 4 & branch & leader & 3 & \textbf{\boldmath 94.33 $\pm$ 1.04} & " in latex
+    assert r" & $+$1.33 [$+$0.62" in latex
+    assert r"last $-$ baseline" in latex
     assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == 2
     assert (
         r"94.17 $\pm$ 0.15* (" in latex
@@ -276,17 +282,26 @@ def test_figures_are_written_as_png_and_pdf(folder: Path) -> None:
     assert all(path.read_bytes().startswith(b"%PDF") for path in folder.glob("*.pdf"))
 
 
-def test_accuracy_by_epoch_has_a_line_and_a_band_a_group(drawn: dict[str, Figure]) -> None:
+def test_accuracy_by_epoch_has_a_line_a_group_and_a_band_from_three_seeds_on(
+    drawn: dict[str, Figure],
+) -> None:
     whole, end = drawn["accuracy"].axes
-    assert whole.get_legend_handles_labels()[1] == ["baseline", "dml", "okddip, 3 peers", "okddip, 4 peers"]
-    assert len(whole.collections) == 4
+    assert whole.get_legend_handles_labels()[1] == [
+        *("Baseline (student)", "DML (mean peer)", "OKDDip, 3 peers (leader)", "OKDDip, 4 peers (leader)")
+    ]
+    assert len(whole.collections) == 3  # DML has two seeds: a thin line each
+    lines = [line for line in whole.lines if not str(line.get_label()).startswith("_")]
+    assert len(whole.lines) == len(lines) + 2
     assert whole.get_ylabel() == "Test top-1 (%)"
     assert list(whole.lines[0].get_xdata()) == list(range(1, EPOCHS + 1))
     assert whole.lines[0].get_ydata()[-1] == pytest.approx(93)
     assert list(end.lines[0].get_xdata()) == [9, 10, 11, 12]
-    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in whole.lines}
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
     assert len(looks) == 4
-    assert len(drawn["diversity"].axes[0].lines) == 3  # the baseline has no peers
+    diversity = drawn["diversity"].axes[0]
+    assert diversity.get_yscale() == "log"
+    names = diversity.get_legend_handles_labels()[1]
+    assert names == ["DML", "OKDDip, 3 peers", "OKDDip, 4 peers"]  # the baseline has no peers
 
 
 def test_peer_counts_are_set_against_accuracy_and_step_time(drawn: dict[str, Figure]) -> None:
@@ -300,11 +315,15 @@ def test_peer_counts_are_set_against_accuracy_and_step_time(drawn: dict[str, Fig
 
 def test_leader_mean_and_ensemble_stand_side_by_side(drawn: dict[str, Figure]) -> None:
     [axes] = drawn["predictors"].axes
-    assert axes.get_legend_handles_labels()[1] == ["group leader", "mean peer", "ensemble of peers"]
+    [legend] = drawn["predictors"].legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named == ["group leader", "mean peer", "ensemble of peers"]
+    fills = {line.get_fillstyle() for line in axes.lines if line.get_marker() == "o"}
+    assert fills == {"full", "left", "none"}  # of OKDDip, whose marker it is
     assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "dml",
-        "okddip, 3 peers",
-        "okddip, 4 peers",
+        "DML",
+        "OKDDip, 3 peers",
+        "OKDDip, 4 peers",
     ]
 
 
@@ -335,6 +354,12 @@ def test_a_parent_run_gets_the_report_as_artifacts(uri: str, tmp_path: Path) -> 
     make(client, found, tmp_path / "report", parent.info.run_id)
     logged = {Path(file.path).name for file in client.list_artifacts(parent.info.run_id, "report")}
     assert {"table.md", "table.csv", "accuracy-cifar10-resnet32.png"} <= logged
+    best = client.get_run(parent.info.run_id).data
+    assert best.tags["best.setting"] == "okddip, 4 peers"
+    assert best.metrics == {
+        "final/top1": pytest.approx(94.3333, abs=1e-4),
+        "best/top1": pytest.approx(94.8333, abs=1e-4),
+    }
     assert "left out: 1 (1 FAILED)" in (tmp_path / "report" / "table.txt").read_text()
 
 
@@ -390,7 +415,7 @@ def test_the_task_prints_the_table_of_what_a_filter_chooses(okddip: Okddip, uri:
     chosen = r'report.where="params.`method.peers` = \"3\""'
     answer = okddip("task=report", *store, chosen, "report.out=here")
     assert answer.code == 0, answer.err
-    assert "okddip  3  93.43 ± 0.59" in answer.out
+    assert "okddip  leader     3  93.43 ± 0.59" in answer.out
     assert "cifar10, resnet32, 3 peers, 12 epochs" in answer.out
     assert Path("here/table.tex").exists()
 
@@ -418,7 +443,7 @@ def test_numbers_are_rounded_for_readers_and_not_in_the_csv_file(tmp_path: Path)
     for rate in ("0.0123456789012", "0.1"):
         add_runs(client, experiment, "method=one", f"optimizer.lr={rate}", last=[90], seeds=[0])
     tables.write_tables(compare(runs.finished_runs(runs.find_runs(client, uri, "drawn"))[0]), "", tmp_path)
-    assert "one     0.01235  1" in (tmp_path / "table.txt").read_text()
+    assert "one     0.01235  mean peer  1" in (tmp_path / "table.txt").read_text()
     assert "0.0123456789012" in (tmp_path / "table.csv").read_text()
 
 

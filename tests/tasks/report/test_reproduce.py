@@ -93,7 +93,7 @@ def test_a_run_that_an_older_version_lengthened_is_in_no_row_and_has_no_command(
     assert okddip(*small, "seed=1").code == 0
     table = okddip("task=report", "tracking.experiment=longer").out
     [row] = [line for line in table.splitlines() if line.startswith("baseline")]
-    assert row.split()[1] == "1"  # run
+    assert row.split()[2] == "1"  # run
     assert "Runs that an older version lengthened, left out: 1" in table
 
 
