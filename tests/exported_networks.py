@@ -1,5 +1,7 @@
 """Checkpoints and exports of small networks, as if they had been trained."""
 
+import copy
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 import okddip as package
 from okddip.assembly import make
 from okddip.deployment.predictors import rebuild
-from okddip.models.group import PeerGroup
 from okddip.training import checkpoint
+from okddip.training.peers import make_group, saved_parts
 from okddip.trust import Trust
 
 Okddip = Callable[..., Any]  # the fixture `okddip`
@@ -27,30 +29,40 @@ def trained(configured: Callable[..., DictConfig]) -> Trained:
     """Write run/last.pt, of the digits, with statistics as if trained; returns what it holds."""
 
     def write(*overrides: str, scores: dict[str, float] | None = None) -> dict[str, Any]:
-        config = configured("dataset=digits", "model=resnet8", *overrides)
-        OmegaConf.resolve(config)
-        make_backbone = partial(make, "model", config.model, num_classes=10, in_channels=1)
-        method = make("method", config.method, feature_dim=64, trunk_channels=32, epochs=300)
-        group = PeerGroup(make_backbone, method.peers, method.structure, method.rescale)
-        randomize_statistics(group)
-        state = {
-            "version": package.__version__,
-            "config": OmegaConf.to_container(config),
-            "classes": [f"digit {digit}" for digit in range(10)],
-            "channels": 1,
-            "image_size": [16, 16],
-            "mean": [MEAN],
-            "std": [STD],
-            "epoch": 7,
-            "history": {"last": {"epoch": 7, **(scores or {})}},
-            "group": group.state_dict(),
-            "method": method.state_dict(),
-        }
+        if overrides not in STATES:
+            STATES[overrides] = trained_state(configured("dataset=digits", "model=resnet8", *overrides))
+        state = copy.deepcopy(STATES[overrides])
+        state["history"] = {"last": {"epoch": 7, **(scores or {})}}
         Path("run").mkdir(exist_ok=True)
         checkpoint.save(state, Path("run"), best=True)
         return state
 
     return write
+
+
+STATES: dict[tuple[str, ...], dict[str, Any]] = {}  # what `trained` has made, by the overrides
+
+
+def trained_state(config: DictConfig) -> dict[str, Any]:
+    OmegaConf.resolve(config)
+    make_backbone = partial(make, "model", config.model, num_classes=10, in_channels=1)
+    method = make("method", config.method, feature_dim=64, trunk_channels=32, epochs=300)
+    method.prepare(10)
+    group = make_group(make_backbone, method)
+    randomize_statistics(group)
+    for averages in group.averages:
+        randomize_statistics(averages)
+    return {
+        "version": package.__version__,
+        "config": OmegaConf.to_container(config),
+        "classes": [f"digit {digit}" for digit in range(10)],
+        "channels": 1,
+        "image_size": [16, 16],
+        "mean": [MEAN],
+        "std": [STD],
+        "epoch": 7,
+        **{name: part.state_dict() for name, part in saved_parts(group, method).items()},
+    }
 
 
 def randomize_statistics(module: nn.Module) -> None:
@@ -75,7 +87,13 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def exported(okddip: Okddip, trained: Trained) -> Path:
-    trained()
-    okddip("task=export", "checkpoint=run", "export.formats=[safetensors]", "export.out=out")
+def exported(okddip: Okddip, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of an export, in `out`, and of its run; a session makes it once."""
+    made = tmp_path_factory.getbasetemp() / "exported"
+    if not made.exists():
+        trained()
+        okddip("task=export", "checkpoint=run", "export.formats=[safetensors]", "export.out=out")
+        for folder in ("run", "out"):
+            shutil.copytree(folder, made / folder)
+    shutil.copytree(made, Path(), dirs_exist_ok=True)
     return Path("out")

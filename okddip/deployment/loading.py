@@ -2,21 +2,21 @@
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from torch import nn
 
-from okddip.assembly import make
+from okddip.assembly import backbone_factories
 from okddip.deployment.classifier import Classifier
-from okddip.deployment.predictors import Ensemble
+from okddip.deployment.predictors import Combination, Ensemble, build_group
 from okddip.deployment.preprocessing import Preprocessing
 from okddip.errors import ConfigError
 from okddip.models.group import PeerGroup
 from okddip.plain_data import NotTrusted, plain
 from okddip.training import checkpoint
+from okddip.training.checkpoint import MOST_EPOCHS
 from okddip.training.finite import not_finite
 from okddip.trust import Trust, trust_in
 
@@ -69,16 +69,20 @@ def read(folder: Path, trust: Trust) -> Classifier:
 
 def build_network(description: dict[str, Any], trust: Trust, source: object) -> nn.Module:
     """The network that `model.json` describes, without its weights."""
-    config = plain({"model": description["model"]}, "", source)
+    combination = description.get("combination")
+    parts = {"model": description["model"], **({"method": combination["method"]} if combination else {})}
+    config = plain(parts, "", source)
     trust.check(config, source)
-    make_backbone = partial(
-        make,
-        "model",
-        OmegaConf.create(config).model,
-        num_classes=len(description["classes"]),
-        in_channels=description["preprocessing"]["channels"],
-    )
+    made = OmegaConf.create(config)
+    shape = {
+        "num_classes": len(description["classes"]),
+        "in_channels": description["preprocessing"]["channels"],
+    }
+    if combination is not None:
+        return Combination(*build_group(made, MOST_EPOCHS, **shape))
+    factories = backbone_factories(made.model, **shape)
     ensemble = description["ensemble"]
     if ensemble is None:
-        return make_backbone()
-    return Ensemble(PeerGroup(make_backbone, ensemble["peers"], ensemble["structure"]))
+        return factories[0]()
+    peers = ensemble["peers"]
+    return Ensemble(PeerGroup(factories[:peers], peers, ensemble["structure"]))

@@ -24,7 +24,8 @@ from okddip.data.sources import digits
 @pytest.mark.slow
 def test_a_server_classifies_a_real_image(okddip: Okddip, trained: Trained, tmp_path: Path) -> None:
     trained()
-    okddip("task=export", "checkpoint=run", "export.formats=[safetensors,mlflow]", "export.out=out")
+    answer = okddip("task=export", "checkpoint=run", "export.formats=[safetensors,mlflow]", "export.out=out")
+    assert answer.code == 0, answer.err
     source = digits()
     file = io.BytesIO()
     Image.fromarray(source.test.images[0, ..., 0].numpy()).save(file, "PNG")

@@ -56,7 +56,7 @@ def write_digits(folder: Path, classes: list[str]) -> None:
             Image.fromarray(image[..., 0].numpy()).save(file)
 
 
-@pytest.mark.parametrize("method", quick_first("okddip", "one", "independent"))
+@pytest.mark.parametrize("method", quick_first("okddip", "one", "independent", "ffl", "pcl"))
 def test_the_numbers_are_those_of_the_run(okddip: Okddip, method: str) -> None:
     state = train(okddip, f"method={method}", "tracking=none")
     answer = okddip(*EVALUATE, "checkpoint=run/last.pt", "tracking=none")

@@ -17,7 +17,7 @@ import okddip as package
 from okddip.assembly import make
 from okddip.data.sources import digits
 from okddip.deployment.classifier import Classifier
-from okddip.deployment.predictors import rebuild
+from okddip.deployment.predictors import extract, rebuild
 from okddip.deployment.preprocessing import Preprocessing
 from okddip.models.backbone import Backbone
 from okddip.tasks.export import task as exporting
@@ -93,6 +93,45 @@ def test_the_ensemble_is_the_mean_of_the_auxiliary_peers(
 
 @torch.no_grad()
 @pytest.mark.parametrize(
+    ("option", "predictor"),
+    [
+        ("ffl", "fusion"),
+        pytest.param("one", "teacher", marks=pytest.mark.slow),
+        pytest.param("pcl", "classifier", marks=pytest.mark.slow),
+        ("pcl", "ema/peer1"),
+        pytest.param("baseline method.ema_decay=0.9", "ema/student", marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_method_combines_or_averages_is_exported(
+    okddip: Okddip, trained: Trained, option: str, predictor: str
+) -> None:
+    state = trained(*f"method={option}".split())
+    command = ("task=export", "checkpoint=run", "export.formats=[safetensors,torch]", "export.out=out")
+    answer = okddip(*command, f"export.predictor={predictor}")
+    assert answer.code == 0, answer.err
+    group, method = (module.eval() for module in rebuild(state, Trust(), "run"))
+    images = torch.randn(3, 1, 16, 16)
+    losses = method(group(images), torch.zeros(3, dtype=torch.long), torch.ones(()))
+    expected = losses.predictions[method.measured.index(predictor)]
+    torch.testing.assert_close(package.load("out").network(images), expected)
+    torch.testing.assert_close(torch.export.load("out/model.pt2").module()(images), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("predictor", ["ensemble", "classifier"])
+def test_an_exported_ensemble_computes_no_moving_averages(trained: Trained, predictor: str) -> None:
+    group, method = rebuild(trained("method=pcl"), Trust(), "run")
+    asked = []
+    group.averages[0].group.register_forward_hook(lambda *_: asked.append(1))
+    group.eval()(torch.zeros(1, 1, 16, 16))
+    assert len(asked) == 1
+    extract(group, method, predictor)(torch.zeros(1, 1, 16, 16))
+    assert len(asked) == 1
+    assert group.averages  # the trained group's own are still there
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
     ("overrides", "predictor", "index"),
     [
         (["method=baseline"], "student", 0),
@@ -103,6 +142,10 @@ def test_the_ensemble_is_the_mean_of_the_auxiliary_peers(
         (["method=one"], "peer0", 0),
         (["method=okddip", "method.peers=3"], "leader", 2),
         (["method=okddip", "method.leader=false"], "peer0", 0),
+        (["method=kdcl"], "peer0", 0),
+        (["method=ffl"], "peer0", 0),
+        (["method=pcl"], "ema/peer0", 0),
+        (["method=dml", "method.ema_decay=0.9"], "peer0", 0),
     ],
 )
 def test_without_a_choice_the_leader_or_the_first_peer_is_kept(
@@ -113,7 +156,10 @@ def test_without_a_choice_the_leader_or_the_first_peer_is_kept(
     assert answer.code == 0, answer.err
     assert f"{predictor} of run/last.pt, 77,754 parameters" in answer.out
     images = torch.randn(2, 1, 16, 16)
-    assert torch.equal(package.load("out").network(images), logits_in_training(state, images)[index])
+    group, method = (module.eval() for module in rebuild(state, Trust(), "run"))
+    output = group(images)
+    expected = output.averages if predictor in method.averaged else output.logits
+    assert torch.equal(package.load("out").network(images), expected[index])
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Answers]:
     entropies = sums.pop("cross_entropy") / sums["images"]  # [Q]
     errors = 100 * sums.pop("gaps").abs().sum(1) / sums["images"]  # [Q]
     broken = metrics.broken_losses(sums)
-    broken += [name for name, value in zip(method.predictors, entropies, strict=True) if not value.isfinite()]
+    broken += [name for name, value in zip(method.measured, entropies, strict=True) if not value.isfinite()]
     if broken:
         raise ConfigError(
             f"checkpoint, epoch {epoch + 1}: on these images {', '.join(broken)} is not finite, so that no"
@@ -81,7 +81,7 @@ def measure(parts: Parts, epoch: int) -> tuple[dict[str, float], Answers]:
         **{"balanced_accuracy": balanced, "macro_f1": f1},
     }
     for name, values in details.items():
-        by_predictor = zip(method.predictors, values, strict=True)
+        by_predictor = zip(method.measured, values, strict=True)
         results |= {f"{predictor}/{name}": value for predictor, value in by_predictor}
     return results, Answers(read, labels, predictions, probabilities)
 

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from okddip.deployment.predictors import with_models
 from okddip.methods.base import Method
 from okddip.tasks.evaluate.measure import Answers
 from okddip.text import FIGURES, for_csv, for_terminal
@@ -53,7 +54,8 @@ def draw_confusion(report: dict[str, Any], folder: Path) -> None:
     """Draw the confusion matrix of a report into `confusion.png` and `confusion.pdf`, each row as shares."""
     counts = np.array(report["confusion"]["counts"])  # [K, K]
     shown = report["confusion"]["predictor"]
-    what = for_terminal(f"{report['model']} on {report['dataset']}")
+    model = report.get("models", {}).get(shown.removeprefix("ema/"), report["model"])
+    what = for_terminal(f"{model} on {report['dataset']}")
     accuracy = f"top-1 {report['metrics'][f'{shown}/top1']:.2f} %, n = {report['images']:,}"
     classes = list(map(for_terminal, report["classes"]))
     size = len(classes)
@@ -79,19 +81,25 @@ def draw_confusion(report: dict[str, Any], folder: Path) -> None:
             figure.savefig(folder / name)
 
 
-def log_tables(report: dict[str, Any], method: Method) -> None:
-    """Print the numbers of all predictors, the diversity and the hardest classes."""
+def log_tables(report: dict[str, Any], method: Method, models: Sequence[str] | None = None) -> None:
+    """Print the numbers of all predictors, the diversity and the hardest classes.
+
+    Args:
+        models: of the peers, where they differ.
+    """
     results = report["metrics"]
     columns = {
         **{"top1": "top-1 (%)", "top5": "top-5 (%)", "balanced_accuracy": "balanced (%)"},
         **{"macro_f1": "macro F1 (%)", "cross_entropy": "cross-entropy", "ece": "ECE (%)"},
     }
-    rows = [f"{'test':<12}" + "".join(f"{name:>14}" for name in columns.values())]
-    for predictor in [*method.predictors, *(["mean"] if method.peers > 1 else [])]:
-        cells = [results.get(f"{predictor}/{name}") for name in columns]
-        mark = " *" if predictor == method.primary else ""
+    named = with_models(method, models) | {mean: mean for mean in method.means}
+    named[method.primary] += " *"
+    width = max(16, *(len(name) + 2 for name in named.values()))
+    rows = [f"{'test':<{width}}" + "".join(f"{name:>14}" for name in columns.values())]
+    for predictor, label in named.items():
+        cells = [results.get(f"{predictor}/{metric}") for metric in columns]
         numbers = "".join(f"{'' if cell is None else format(cell, '.3f'):>14}" for cell in cells)
-        rows.append(f"{predictor + mark:<12}{numbers}")
+        rows.append(f"{for_terminal(label):<{width}}{numbers}")
     log.info("%s\n* primary", "\n".join(rows))
     losses = [f"{name} {value:.4f}" for name, value in results.items() if name.endswith("loss")]
     log.info("losses     %s", ", ".join(losses))
@@ -100,5 +108,5 @@ def log_tables(report: dict[str, Any], method: Method) -> None:
     shown = report["confusion"]["predictor"]
     accuracies = zip(report["class_accuracy"][shown], report["classes"], strict=True)
     hardest = sorted((accuracy, name) for accuracy, name in accuracies if accuracy is not None)[:HARDEST]
-    named = ", ".join(f"'{for_terminal(name)}' {accuracy:.1f} %" for accuracy, name in hardest)
-    log.info("hardest    %s (%s)", named, shown)
+    listed = ", ".join(f"'{for_terminal(name)}' {accuracy:.1f} %" for accuracy, name in hardest)
+    log.info("hardest    %s (%s)", listed, shown)

@@ -24,8 +24,8 @@ def evaluation_settings(config: DictConfig, chosen: set[str], state: dict[str, A
             section.cache_dir = config.dataset.cache_dir
     if "methods.teacher" in chosen:
         settings.method.teacher = config.methods.teacher
-    elif settings.method.get("teacher") == "auto":
-        settings.method.teacher = find_teacher(settings)
+    elif settings.method.get("teacher"):
+        settings.method.teacher = find_teachers(settings)
     if "dataset" in chosen:
         settings.dataset = config.dataset
         settings.options.dataset = config.options.dataset
@@ -52,16 +52,19 @@ def evaluation_settings(config: DictConfig, chosen: set[str], state: dict[str, A
     return settings
 
 
-def find_teacher(settings: DictConfig) -> str:
-    """The finished teacher that `method.teacher=auto` names; none is trained here.
+def find_teachers(settings: DictConfig) -> str | list[str]:
+    """What `method.teacher` names, with the finished teacher in place of each `auto`; none is trained here.
 
     Raises:
         ConfigError: the store has no such run.
     """
-    found = teacher.finished_teacher(teacher.teacher_config(settings))
-    if found is None:
-        raise ConfigError(
-            "method.teacher=auto: the store that tracking names has no finished run of this checkpoint's"
-            " teacher. Name its checkpoint: methods.teacher=PATH."
-        )
-    return found
+    found = []
+    for name, config in teacher.teacher_references(settings):
+        place = name if config is None else teacher.finished_teacher(config)
+        if place is None:
+            raise ConfigError(
+                "method.teacher=auto: the store that tracking names has no finished run of this checkpoint's"
+                " teacher. Name its checkpoint: methods.teacher=PATH."
+            )
+        found.append(place)
+    return found if OmegaConf.is_list(settings.method.teacher) else found[0]

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from sklearn.metrics import confusion_matrix
 
 from okddip import invocation
+from okddip.assembly import PEERS
 from okddip.data.weaknesses import weaknesses
 from okddip.deployment.predictors import default_predictor
 from okddip.errors import ConfigError
+from okddip.older_versions import FIRST_EPOCH
 from okddip.run.parts import Parts
 from okddip.tasks.evaluate.images import check_images, name_absent_classes, other_images
 from okddip.tasks.evaluate.measure import Answers, class_accuracy, measure, most_confused
@@ -22,8 +24,10 @@ from okddip.tasks.evaluate.results import CONFUSION, draw_confusion, log_tables,
 from okddip.tasks.evaluate.settings import evaluation_settings
 from okddip.tasks.named_checkpoint import chosen_keys, open_checkpoint
 from okddip.text import for_terminal
-from okddip.tracking.status import tracked_to_the_end
+from okddip.tracking.status import log_how_to_open, tracked_to_the_end
 from okddip.training import checkpoint
+from okddip.training.peers import saved_parts
+from okddip.training.threads import computing_with
 from okddip.trust import trust_of
 
 log = logging.getLogger(__name__)
@@ -70,10 +74,10 @@ def evaluate(config: DictConfig, build: Callable[..., Parts]) -> float:
         log.warning(weakness)
     # normalised as the network learned to see images, whatever this data set's own statistics are
     parts.dataset.mean, parts.dataset.std = tuple(state["mean"]), tuple(state["std"])
-    checkpoint.restore(state, group=parts.group, method=parts.method)
+    checkpoint.restore(state, **saved_parts(parts.group, parts.method))
     folder = Path(HydraConfig.get().runtime.output_dir)
     options = {name: str(option) for name, option in settings.options.items()}
-    with tracked_to_the_end(parts.tracker):
+    with computing_with(parts.trainer.threads), tracked_to_the_end(parts.tracker):
         parts.tracker.start(
             name=f"{config.name}-{settings.name}",
             params={
@@ -84,15 +88,16 @@ def evaluate(config: DictConfig, build: Callable[..., Parts]) -> float:
                 "kind": "evaluation",  # no training run: tables of those leave it out
                 "checkpoint": str(config.checkpoint),
                 "folder": str(folder),
+                FIRST_EPOCH: "1",
                 **options,
             },
             config_yaml=OmegaConf.to_yaml(settings),
             command=invocation.command(),
         )
-        report, answers = report_on(parts, state, source, options)
+        report, answers = report_on(parts, state, source, options, settings.model.get(PEERS))
         written = write_report(report, answers, parts, folder)
         metrics = {f"test/{name}": value for name, value in report["metrics"].items()}
-        parts.tracker.log(metrics, state["epoch"])
+        parts.tracker.log(metrics, state["epoch"] + 1)
         for path in written:
             parts.tracker.log_artifact(path)
     log.info(
@@ -102,12 +107,17 @@ def evaluate(config: DictConfig, build: Callable[..., Parts]) -> float:
         *(parts.trainer.device, parts.trainer.precision),
         for_terminal(folder),
     )
-    log_tables(report, parts.method)
+    log_tables(report, parts.method, settings.model.get(PEERS))
+    log_how_to_open(parts.tracker)
     return report["metrics"]["top1"]
 
 
 def report_on(
-    parts: Parts, state: dict[str, Any], source: str, options: dict[str, str]
+    parts: Parts,
+    state: dict[str, Any],
+    source: str,
+    options: dict[str, str],
+    models: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], Answers]:
     """Measure a checkpoint; all numbers, as `evaluation.json` has them, and the answers they are made of.
 
@@ -116,12 +126,14 @@ def report_on(
         state: the checkpoint.
         source: where the checkpoint is, a file or `runs:/ID`.
         options: model, method and data set.
+        models: of the peers, where they differ.
     """
     results, answers = measure(parts, state["epoch"])
-    predictors, classes = parts.method.predictors, state["classes"]
+    predictors, classes = parts.method.measured, state["classes"]
     shown = default_predictor(parts.method, state["history"])
     predictions = answers.predictions[predictors.index(shown)]  # [N]
     confusion: dict[str, Any] = {"predictor": shown}
+    networks = dict(zip(parts.method.predictors, models or (), strict=False))
     if len(classes) <= MOST_IN_MATRIX:
         everything = range(len(classes))
         counts = confusion_matrix(answers.labels, predictions, labels=everything)
@@ -133,8 +145,9 @@ def report_on(
         ]
     report = {
         "checkpoint": source,
-        "epoch": state["epoch"],
+        "epoch": state["epoch"] + 1,
         **options,
+        **({"models": networks} if models else {}),
         "images": len(answers.labels),
         "metrics": results,
         "classes": classes,
@@ -163,7 +176,7 @@ def write_report(report: dict[str, Any], answers: Answers, parts: Parts, folder:
         text = json.dumps(report, ensure_ascii=False) + "\n"
         (folder / "evaluation.json").write_text(text, encoding="utf-8")
         files = getattr(parts.dataset, "test_files", ())
-        write_predictions(answers, parts.method.predictors, classes, files, folder / "predictions.csv")
+        write_predictions(answers, parts.method.measured, classes, files, folder / "predictions.csv")
         if is_drawn:
             draw_confusion(report, folder)
     except OSError as error:

@@ -15,6 +15,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
+from okddip.assembly import NETWORKS, PEERS
 from okddip.deployment.classifier import Classifier
 from okddip.deployment.predictors import default_predictor, exportable_predictors, extract, rebuild
 from okddip.deployment.preprocessing import Preprocessing
@@ -69,6 +70,11 @@ def export(config: DictConfig, build: Callable[..., Any]) -> str:
     preprocessing = Preprocessing.from_plain({**state, "resize": state["config"]["dataset"].get("resize")})
     classifier = Classifier(network, state["classes"], preprocessing)
     description = describe(classifier, predictor, ensemble, state)
+    peer = predictor.removeprefix("ema/")
+    if peer in method.predictors[: method.peers]:
+        description |= describe_model(state, method.predictors.index(peer))
+    if predictor == method.combination:
+        description["combination"] = {"method": state["config"]["method"]}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
@@ -127,7 +133,7 @@ def describe(
         "okddip": __version__,
         "predictor": predictor,
         "parameters": sum(parameter.numel() for parameter in classifier.network.parameters()),
-        "model": state["config"]["model"],
+        **describe_model(state),
         "ensemble": ensemble,
         "classes": list(classifier.classes),
         "preprocessing": classifier.preprocessing.plain(),
@@ -139,9 +145,24 @@ def describe(
         "trained": {
             "epochs": state["epoch"] + 1,
             **state["config"]["options"],
-            "accuracy": {key: value for key, value in last.items() if f"/{predictor}/" in key},
+            "accuracy": {
+                key: value
+                for key, value in last.items()
+                if key.partition("/")[2].rpartition("/")[0] == predictor
+            },
         },
     }
+
+
+def describe_model(state: dict[str, Any], peer: int | None = None) -> dict[str, Any]:
+    """What is built: the checkpoint's model; where its peers differ, those of all of them, or of one."""
+    model = state["config"]["model"]
+    names = model.get(PEERS)
+    if not names:
+        return {"model": {key: value for key, value in model.items() if key != PEERS}}
+    if peer is None:
+        return {"model": model}
+    return {"model": model[NETWORKS][peer], "architecture": names[peer]}
 
 
 def write(
