@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,10 +32,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from okddip import distributed
-from okddip.assembly import CONFIG_HOME
+from okddip.assembly import CONFIG_HOME, PEERS, compose_networks
 from okddip.checks import check
-from okddip.command_line import as_typed, check_choices, config_folders
+from okddip.command_line import as_typed, check_choices, check_words, config_folders
 from okddip.errors import ConfigError
+from okddip.files import remove_unused
 from okddip.home import ensure_home
 from okddip.hooks import check_output_folder
 from okddip.invocation import standing_for
@@ -50,6 +52,7 @@ from okddip.tracking.store import open_store
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+HYDRAS = re.compile(r"\$\{hydra:[\w.]+\}")
 JOB = "main"  # Hydra's name of the job, and that of the log file
 COMMAND = "command"  # key of a composed configuration: the overrides that it was composed from
 EPOCH_METRICS = ("train/", "val/", "test/")  # begin the names of what is logged for each epoch
@@ -62,7 +65,7 @@ class TrainedRun:
     Attributes:
         run_id: of its MLflow run; None with `tracking=none`.
         folder: with its checkpoints.
-        metrics: a row for each epoch, from 0 on; columns are named as in MLflow.
+        metrics: a row for each epoch, from 1 on; columns are named as in MLflow.
     """
 
     run_id: str | None
@@ -128,7 +131,7 @@ def train(run: Sequence[str] | Mapping[str, Any] | DictConfig = ()) -> TrainedRu
             check(config)
             finished, _ = train_run(config, build)
             folder = finished.folder
-            rows = {epoch: results for epoch, _, results in folder.read_metrics()}
+            rows = {number + 1 - finished.first_epoch: row for number, _, row in folder.read_metrics()}
             metrics = pd.DataFrame.from_dict(rows, orient="index").rename_axis("epoch")
             trained.append(TrainedRun(folder.metadata.get("tracking_id"), folder.path, metrics))
 
@@ -137,9 +140,13 @@ def train(run: Sequence[str] | Mapping[str, Any] | DictConfig = ()) -> TrainedRu
             config = compose_run(hydra, words)
         if (target := OmegaConf.select(config, "task._target_")) != TRAIN:
             raise ConfigError(f"task._target_={target}: okddip.train has task=train; leave task out.")
-        check_output_folder("hydra.run.dir", config)
+        made = check_output_folder("hydra.run.dir", config)
         context = HydraContext(hydra.config_loader, Callbacks(config))
-        run_job(task, config, "hydra.run.dir", None, context, configure_logging=False).return_value  # noqa: B018
+        try:
+            run_job(task, config, "hydra.run.dir", None, context, configure_logging=False).return_value  # noqa: B018
+        except ConfigError:
+            remove_unused(made)
+            raise
     return trained[0]
 
 
@@ -154,7 +161,7 @@ def runs(
 
     Columns are the run's `name`, `status`, `start`, `sweep` and `folder`, its settings (`method`,
     `method.peers`...), and the last value of each metric: `test/top1` and the others after the last epoch,
-    `final/top1`, `best/top1`, `best/epoch` (counted from 0). Unfinished runs lack `final/` and `best/`.
+    `final/top1`, `best/top1`, `best/epoch`. Unfinished runs lack `final/` and `best/`.
 
     Args:
         sweep: only the runs of a sweep: its name, or the ID of its parent run.
@@ -175,7 +182,7 @@ def runs(
 
 
 def history(run: str, metric: str, *, uri: str | None = None) -> pd.Series:
-    """A metric of a run by epoch, counted from 0.
+    """A metric of a run by epoch, counted from 1.
 
     Args:
         run: its ID.
@@ -191,17 +198,17 @@ def history(run: str, metric: str, *, uri: str | None = None) -> pd.Series:
     address = uri or tracking_default("uri")
     client: MlflowClient = open_store(address)
     try:
-        known = client.get_run(str(run).removeprefix("runs:/")).data.metrics
+        found = client.get_run(str(run).removeprefix("runs:/"))
     except MlflowException as error:
         raise ConfigError(f"run={run}: {str(error.message).strip()} in tracking.uri={address}.") from None
-    names = sorted(name for name in known if name.startswith(EPOCH_METRICS))
+    names = sorted(name for name in found.data.metrics if name.startswith(EPOCH_METRICS))
     if metric not in names:
         near = ", ".join(difflib.get_close_matches(metric, names, n=5, cutoff=0.4) or names[:5])
         raise ConfigError(
             f"metric={metric}: run {run} has no such metric by epoch; "
             + (f"near it are {near}." if near else "it has none at all.")
         )
-    return stored.metric_history(client, str(run).removeprefix("runs:/"), metric)
+    return stored.metric_history(client, found, metric)
 
 
 def tracking_default(key: str) -> str:
@@ -225,6 +232,7 @@ def overrides_in(words: Sequence[str]) -> list[str]:
             f"{flags[0]}: is no override of one run. A sweep (-m) is started from the command line;"
             " okddip.runs(sweep=...) reads what came of it."
         )
+    check_words(overrides, config_folders(words))
     check_choices(overrides)
     return as_typed(words)
 
@@ -247,9 +255,12 @@ def overrides_of(config: Mapping[str, Any] | DictConfig) -> list[str]:
     words = overrides_in([] if command is None else list(command))
     overrides = without_folder(words)
     with program(words), hydras_errors_as_ours():
+        compose_networks(config)
         wanted = reproduce.parse_configuration(OmegaConf.to_yaml(config, resolve=True), "config")
         if command is None:
             return reproduce.find_overrides(wanted, ignored=())
+        if wanted["model"].get(PEERS) != reproduce.compose_resolved(overrides)["model"].get(PEERS):
+            overrides += reproduce.peers_overrides(wanted)
         options = reproduce.compose_resolved(overrides)["options"]
         for group, option in wanted["options"].items():
             if option != options.get(group):
@@ -311,7 +322,9 @@ def resolve_hydras_values(node: DictConfig | ListConfig, raw: Any) -> None:
         if isinstance(value, dict | list):
             resolve_hydras_values(node[key], value)
         elif isinstance(value, str) and "${hydra:" in value:
-            node[key] = node[key]
+            # the rest of the text goes on following what it refers to
+            text = HYDRAS.sub(lambda found: str(OmegaConf.create({"value": found[0]}).value), value)
+            node[key] = node[key] if "${hydra:" in text else text
 
 
 @contextmanager

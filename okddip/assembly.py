@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
+from collections.abc import Callable
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from okddip.errors import ConfigError
+from okddip.text import as_override
 
 # In a wheel conf/ and multirun_presets/ travel inside the package; in a checkout they stand beside it.
 PACKAGE = Path(__file__).resolve().parent
 CONFIG_HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
+
+PEERS = "peers"  # the key of `model` that names networks of different architectures; no model takes it
+NETWORKS = "networks"  # beside it, what those options hold
 
 
 def make(key: str, node: DictConfig, **arguments: Any) -> Any:
@@ -23,8 +33,13 @@ def make(key: str, node: DictConfig, **arguments: Any) -> Any:
     Raises:
         ConfigError: the part's own, or one that names the group and the options it did not take.
     """
+    group = key.partition(".")[0]
     if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
-        raise ConfigError(f"{key}._target_: names what is to be made, and is not there. See conf/{key}.")
+        raise ConfigError(f"{key}._target_: names what is to be made, and is not there. See conf/{group}.")
+    if key == "model" and PEERS in node:
+        node = copy.copy(node)
+        with open_dict(node):
+            del node[PEERS]
     check_arguments(key, node)
     try:
         return instantiate(node, **arguments)
@@ -36,7 +51,7 @@ def make(key: str, node: DictConfig, **arguments: Any) -> Any:
             raise cause from None
         options = ", ".join(f"{name!s}={value}" for name, value in node.items())
         reason = f"{type(cause).__name__}: {cause}"
-        raise ConfigError(f"{key}: cannot be made ({reason}) with {options}. See conf/{key}.") from error
+        raise ConfigError(f"{key}: cannot be made ({reason}) with {options}. See conf/{group}.") from error
 
 
 def check_arguments(key: str, node: Any) -> None:
@@ -83,3 +98,66 @@ def options_of(target: Any) -> set[str] | None:
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
             return names
     return None
+
+
+def compose_networks(config: DictConfig) -> None:
+    """Put what the options named by `model.peers` hold into `model.networks`, in place of the one model.
+
+    Does nothing where `model.peers` is null, or where this is done already.
+
+    Raises:
+        ConfigError: it is no list of options of the group `model`, or of fewer than two.
+    """
+    names = OmegaConf.select(config, f"model.{PEERS}")
+    if names is None or NETWORKS in config.model:
+        return
+    here = (
+        f"model.{PEERS}={as_override(OmegaConf.to_container(names) if OmegaConf.is_config(names) else names)}"
+    )
+    if not isinstance(names, ListConfig) or len(names) < 2:
+        raise ConfigError(
+            f"{here}: must be a list of two or more options of conf/model, one for each peer,"
+            " such as [resnet20,resnet32]. For peers of one architecture use model=NAME method.peers=N."
+        )
+    known = GlobalHydra.instance().config_loader().get_group_options("model")
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise ConfigError(
+                f"{here}: {name} is no option of conf/model."
+                + (f" Did you mean {near[0]}?" if near else "")
+                + f" There are {', '.join(known)}."
+            )
+    options = {name: OmegaConf.to_container(compose(f"model/{name}").model) for name in dict.fromkeys(names)}
+    with open_dict(config):
+        config.model = {PEERS: list(names), NETWORKS: [options[name] for name in names]}
+
+
+def backbone_factories(model: DictConfig, **shape: int) -> list[Callable[[], Any]]:
+    """What makes the networks that the part `model` of a configuration describes.
+
+    Args:
+        model: with `model.networks`, if its peers differ.
+        shape: `num_classes` and `in_channels`.
+
+    Returns:
+        One for all peers, or one for each where they differ.
+    """
+    if model.get(PEERS) is None:
+        return [partial(make, "model", model, **shape)]
+    return [
+        partial(make, f"model.{NETWORKS}.{index}", node, **shape)
+        for index, node in enumerate(model[NETWORKS])
+    ]
+
+
+def name_of_models(peers: Any, option: str) -> str:
+    """What a group of networks is called: its model, or where peers differ all of theirs.
+
+    >>> name_of_models(["resnet20", "resnet20", "wrn20_8"], "resnet32")
+    '2xresnet20+wrn20_8'
+    """
+    if not isinstance(peers, list | ListConfig):
+        return option
+    runs = [(str(name), len(list(equal))) for name, equal in groupby(peers)]
+    return "+".join(name if count == 1 else f"{count}x{name}" for name, count in runs)

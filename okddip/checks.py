@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
-import yaml
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from okddip.assembly import CONFIG_HOME
+from okddip.assembly import NETWORKS, PEERS, compose_networks
 from okddip.errors import ConfigError, Incompatible, check_number
+from okddip.keys import check_keys
 from okddip.plain_data import plain
-from okddip.trust import GLOBAL
+from okddip.tracking.params import as_param
 
 # Keys that the program itself reads, and that the command line could delete (`~optimizer.lr`)
 REQUIRED_KEYS = (
@@ -25,7 +23,6 @@ REQUIRED_KEYS = (
     *("seed", "name", "trust", "options.method", "options.model", "options.dataset", "optimizer.lr"),
     *("dataset.name", "dataset.cache_dir", "trainer.epochs", "trainer.resume", "trainer.rerun"),
 )
-REFERENCE = re.compile(r"\$\{\.*([\w.]+)")  # of an interpolation, the key
 
 
 def check(config: DictConfig) -> None:
@@ -34,8 +31,10 @@ def check(config: DictConfig) -> None:
     Raises:
         ConfigError: an interpolation has no target, nothing reads a key, or a value is not allowed.
     """
-    check_keys(config)
     try:
+        check_keys(config, HydraConfig.get())  # reads values, which may refer to what is not there
+        check_model_settings(config)
+        compose_networks(config)
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from None
@@ -50,6 +49,7 @@ def check(config: DictConfig) -> None:
         if not isinstance(section, DictConfig) or name not in section:
             raise ConfigError(f"{key}: is not in the configuration, and every run needs it.")
     check_ablation(config)
+    check_peers(config)
     if config.trainer.rerun and config.trainer.resume is not None:
         raise ConfigError(
             f"trainer.rerun=true, trainer.resume={config.trainer.resume}: the first trains anew, the"
@@ -61,102 +61,25 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"name={config.name}: must be text, the run's name.")
 
 
-def check_keys(config: DictConfig) -> None:
-    """Refuse keys that nothing reads: a typing error in an option file would leave a default in its place.
-
-    Keys of groups whose parts are made (model, trainer...) are refused by those. A key of the user's own is
-    fine where the command adds it by `+` or an option file reads it by `${...}`.
-
-    Args:
-        config: not resolved yet.
+def check_model_settings(config: DictConfig) -> None:
+    """Refuse settings of a model that stand beside `model.peers`, where nothing would read them.
 
     Raises:
-        ConfigError: names the key, and the one that is meant.
+        ConfigError: names the setting.
     """
-    hydra = HydraConfig.get()
-    for group in GLOBAL:
-        if config.get(group):
+    names = OmegaConf.select(config, f"model.{PEERS}")
+    if not isinstance(names, ListConfig) or NETWORKS in config.model:
+        return
+    here = f"model.{PEERS}={as_param(OmegaConf.to_container(names))}"
+    settings = compose(f"model/{HydraConfig.get().runtime.choices['model']}").model
+    for key in {**config.model, **settings}:
+        value = config.model.get(key)
+        if key != PEERS and value != settings.get(key):
             raise ConfigError(
-                f"{group}={hydra.runtime.choices.get(group)}: its settings would stand under `{group}`, where"
-                " nothing reads them. Its file must begin with the line `# @package _global_`, with no other"
-                " comment and no byte order mark before it."
+                f"model.{key!s}={value}: is not read beside {here}, which names the model of each"
+                " peer. Leave one of the two out; for other settings of a model write an option file of your"
+                " own in the group model."
             )
-    folders = option_folders()
-    known = known_keys(folders)
-    own = [path.read_text(encoding="utf-8", errors="replace") for path in option_files(folders[1:])]
-    used = {
-        *(
-            name.lstrip("+").partition("=")[0].rpartition("@")[2]  # GROUP@PLACE=OPTION
-            for name in hydra.overrides.task
-            if name.startswith("+")
-        ),
-        *(name for text in (OmegaConf.to_yaml(config), *own) for name in REFERENCE.findall(text)),
-    }
-    for section, keys in known.items():
-        node = OmegaConf.select(config, section) if section else config
-        for key in map(str, node) if isinstance(node, DictConfig) else ():
-            name = f"{section}.{key}".lstrip(".")
-            if key not in keys and not any(f"{other}.".startswith(f"{name}.") for other in used):
-                near = nearest(name, config, known)
-                raise ConfigError(
-                    f"{name}: is not a setting, so nothing would read it."
-                    + (f" Did you mean {near}?" if near else "")
-                    + f" A key of your own is one that an option file reads by ${{{name}}}."
-                )
-
-
-def option_folders() -> list[Path]:
-    """Where option files are: the program's own, then those of `--config-dir`."""
-    folders = [
-        Path(source.path)
-        for source in HydraConfig.get().runtime.config_sources
-        if source.schema == "file" and Path(source.path) not in (CONFIG_HOME, CONFIG_HOME / "conf")
-    ]
-    return [CONFIG_HOME / "conf", *folders]
-
-
-def option_files(folders: Sequence[Path]) -> list[Path]:
-    return [path for folder in folders for path in (*folder.glob("*.yaml"), *folder.glob("*/*.yaml"))]
-
-
-def known_keys(folders: Sequence[Path]) -> dict[str, set[str]]:
-    """The keys that are read at the top (section "") and in sections of which no part is made."""
-    top = yaml.safe_load((CONFIG_HOME / "conf" / "config.yaml").read_text(encoding="utf-8"))
-    groups = {key for entry in top["defaults"] if isinstance(entry, dict) for key in entry}
-    known = {"": {*top, *groups}, "task": {"_target_"}}
-    known |= {section: set(top[section]) for section in ("methods", "options")}
-    for path in (path for folder in folders for path in folder.glob("task/*.yaml")):
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue  # Hydra says so where the option is chosen
-        content = content if isinstance(content, dict) else {}
-        if "_target_" in content:  # it stands in its group, as a file without `@package` does
-            content = {"task": content}
-        known[""].update(content)
-        for section, keys in content.items():
-            if isinstance(keys, dict):
-                known.setdefault(section, set()).update(keys)
-    return known
-
-
-def nearest(name: str, config: DictConfig, known: Mapping[str, set[str]]) -> str | None:
-    """The setting whose name is most like a mistyped one; of several, one in its section, or near the top."""
-    keys = {f"{place}.{key}".lstrip("."): key for place in known for key in known[place]}
-    keys |= {
-        f"{group!s}.{key}": key
-        for group, node in config.items()
-        if isinstance(node, DictConfig) and group not in known
-        for key in map(str, node)
-    }
-    section, _, typed = name.rpartition(".")
-    found = difflib.get_close_matches(typed, sorted(set(keys.values())), 1)
-    likely = [full for full, key in keys.items() if key in found]
-    return min(
-        likely,
-        key=lambda full: (full.rpartition(".")[0] != section, full.count("."), full),
-        default=None,
-    )
 
 
 def check_ablation(config: DictConfig) -> None:
@@ -181,5 +104,54 @@ def check_ablation(config: DictConfig) -> None:
     if unknown and f"+method.{unknown[0]}" not in added:
         raise Incompatible(
             f"ablation={ablation}: sets method.{unknown[0]}, which method={config.options.method} does not"
-            " have. Choose method=okddip."
+            " have. Choose a method with that setting."
+        )
+
+
+def target_of(node: DictConfig) -> Any:
+    """The class or function that a part's `_target_` names; None if there is none, as `make` says then."""
+    try:
+        return get_object(node._target_)
+    except Exception:
+        return None
+
+
+def check_peers(config: DictConfig) -> None:
+    """See that nothing contradicts the networks that `model.peers` names, where it names any.
+
+    Raises:
+        ConfigError: another model is chosen beside them.
+        Incompatible: there are more or fewer peers, or they are to share a trunk.
+    """
+    names = config.model.get(PEERS)
+    if names is None:
+        return
+    here = f"model.{PEERS}={as_param(OmegaConf.to_container(names))}"
+    for override in HydraConfig.get().overrides.task:
+        key = override.lstrip("+~").partition("=")[0]
+        if key == "model":
+            raise ConfigError(
+                f"{override}: is not read beside {here}, which names the model of each peer. Leave one of the"
+                " two out."
+            )
+    method, option = target_of(config.method), f"method={config.options.method}"
+    if "network" in getattr(method, "refused_structures", {}):
+        raise Incompatible(
+            f"{option}: its peers share a trunk, and networks of different architectures, as {here} names"
+            " them, share none. Choose another method, or one model for all peers."
+        )
+    most = getattr(method, "most_peers", None)
+    if most is not None and len(names) > most:
+        raise Incompatible(
+            f"{option}: trains {most} network, and {here} names {len(names)}. Choose model=NAME."
+        )
+    if config.method.get("peers") != len(names):
+        raise Incompatible(
+            f"method.peers={config.method.get('peers')}: {here} names {len(names)} networks. Set"
+            f" method.peers={len(names)}."
+        )
+    if config.method.get("structure") != "network":
+        raise Incompatible(
+            f"method.structure={config.method.get('structure')}: networks of different architectures share no"
+            f" trunk, and {here} names such. Set method.structure=network, or take one model for all peers."
         )

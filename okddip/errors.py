@@ -74,6 +74,8 @@ def check_number(
         return
     if isinstance(value, int) and value > LARGEST:
         bounds.append((LARGEST, "at most", lambda bound: value <= bound))
+    if minimum is not None and minimum == maximum:
+        raise ConfigError(f"{key}={value}: must be {minimum:g}.")
     limits = " and ".join(f"{words} {bound:g}" for bound, words, _ in bounds if bound is not None)
     noun = "a whole number" if integer else "a number"
     raise ConfigError(f"{key}={value}: must be {noun} {limits}".rstrip() + ".")

@@ -1,13 +1,16 @@
 """Files that are written whole or not at all, and flushed to the disk."""
 
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from okddip.errors import ConfigError
+
+UNUSED = (".hydra", "main.log", "run.lock")  # what is in the folder of a run that was refused
 
 
 @contextmanager
@@ -95,3 +98,24 @@ def copy(source: Path, target: Path) -> None:
     """Copy a file and flush it to the disk."""
     with source.open("rb") as original:
         write(target, lambda file: shutil.copyfileobj(original, file))
+
+
+def remove_unused(folders: Sequence[Path]) -> None:
+    """Remove the folder of a run that was refused, if all that is in it was written before a run begins.
+
+    Args:
+        folders: that folder, and those around it that go too where they are empty; the innermost first.
+    """
+    if not folders or not {path.name for path in folders[0].iterdir()} <= set(UNUSED):
+        return
+    for handler in logging.root.handlers[:]:  # a log that is not begun would be opened in no folder
+        if (
+            isinstance(handler, logging.FileHandler)
+            and Path(handler.baseFilename).parent == folders[0].absolute()
+        ):
+            logging.root.removeHandler(handler)
+            handler.close()
+    shutil.rmtree(folders[0], ignore_errors=True)
+    with suppress(OSError):  # there is something in it
+        for folder in folders[1:]:
+            folder.rmdir()

@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,22 +17,23 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from okddip import distributed
-from okddip.assembly import CONFIG_HOME, check_arguments, make
+from okddip.assembly import CONFIG_HOME, PEERS, backbone_factories, check_arguments, make
 from okddip.checks import check
-from okddip.command_line import as_typed, check_choices, check_flags, overrides_first, usage, versions
+from okddip.command_line import for_hydra, versions
 from okddip.errors import ConfigError, check_number
+from okddip.help import print_help
 from okddip.home import ensure_home
-from okddip.hooks import register_plugins
+from okddip.hooks import register_plugins, short_errors
 from okddip.signals import stop_on_signals
 from okddip.sweeps.begin import NO_CHDIR
 from okddip.sweeps.environment import is_job
 from okddip.sweeps.finish import finish_sweep
 from okddip.sweeps.job import run_job
 from okddip.sweeps.joblib import choose_gpu
-from okddip.text import for_terminal, replace_unencodable_output
+from okddip.text import replace_unencodable_output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from okddip.data.dataset import Dataset
     from okddip.methods.base import Method
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 TASKS_OF_RANKS = ("okddip.tasks.train.train", "okddip.tasks.benchmark.task.benchmark")
 
 register_plugins()
+# PyTorch reads it when it is imported: see `okddip.training.threads`
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_HOME / "conf"), config_name="config")
@@ -83,35 +87,40 @@ def build(config: DictConfig, make_dataset: Callable[[DictConfig], Dataset] | No
 
     from okddip.data.loader import seed_of
     from okddip.run.parts import Parts
-    from okddip.sweeps.teacher import open_teacher
-    from okddip.sweeps.teacher_checkpoint import check_teacher, describe_teacher
+    from okddip.sweeps.teacher import open_teachers
+    from okddip.sweeps.teacher_checkpoint import check_teacher, describe_teachers
     from okddip.tasks.train import train
     from okddip.tracking.tracker import NoTracking
+    from okddip.training.devices import check_device
+    from okddip.training.peers import parameter_groups
     from okddip.training.rehearsal import check_image_size, check_memory
 
-    trainer, schedule, make_optimizer, probe, method = make_without_data(config)
-    check_memory(probe, method, trainer.device, config.options.model)
+    trainer, schedule, make_optimizer, probes, method = make_without_data(config)
+    check_device(trainer.device)
+    check_memory(probes, method, trainer.device, config.options.model)
     tracker = make("tracking", config.tracking) if distributed.rank() == 0 else NoTracking()
     tracker.open()
-    teacher = open_teacher(config, partial(train, build=build)) if config.method.get("teacher") else None
+    teachers = open_teachers(config, partial(train, build=build)) if config.method.get("teacher") else []
 
     with distributed.local_rank_0_first():
         dataset = make("dataset", config.dataset) if make_dataset is None else make_dataset(config.dataset)
-    check_image_size(probe, dataset.image_size, config.options)
+    models = config.model.get(PEERS) or [config.options.model]
+    check_image_size(probes, models, dataset.image_size, config.options.dataset)
+    torch.manual_seed(seed_of(config.seed, 3))
+    method.prepare(len(dataset.classes))
     torch.manual_seed(seed_of(config.seed, 2))
-    network = None if teacher is None else check_teacher(config, teacher, dataset)
-    group, method = build_group(
-        config, partial(make, "model", config.model), method, dataset, trainer, network
-    )
-    optimizer = make_optimizer([*group.parameters(), *method.parameters()])
-    known = {} if teacher is None else describe_teacher(teacher)
+    networks = [check_teacher(config, reference, teacher, dataset) for reference, teacher in teachers]
+    with trainer.named_errors():
+        group, method = build_group(config, method, dataset, trainer, networks)
+    optimizer = make_optimizer(parameter_groups(group, method))
+    known = describe_teachers([teacher for _, teacher in teachers])
     return Parts(trainer, tracker, dataset, group, method, optimizer, schedule, known)
 
 
 def make_without_data(
     config: DictConfig,
-) -> tuple[Trainer, Schedule, Callable[..., Any], Backbone, Method]:
-    """The trainer, the schedule, what makes the optimizer, a network without memory, and the method.
+) -> tuple[Trainer, Schedule, Callable[..., Any], list[Backbone], Method]:
+    """The trainer, the schedule, what makes the optimizer, networks without memory, and the method.
 
     Raises:
         ConfigError: a value that is not allowed, with its key.
@@ -120,52 +129,59 @@ def make_without_data(
 
     from okddip.data.loader import seed_of
     from okddip.data.options import check_options
+    from okddip.models.backbone import dimensions_of
 
     for group in ("dataset", "tracking"):  # made later
         check_arguments(group, config[group])
     trainer = make("trainer", config.trainer, choose_gpu=choose_gpu)
     schedule = make("scheduler", config.scheduler, epochs=trainer.epochs)
     check_options(config.dataset)
-    make_optimizer = optimizer_factory(config)
     with torch.device("meta"):
-        probe = make("model", config.model, num_classes=2, in_channels=3)
+        probes = [make_one() for make_one in backbone_factories(config.model, num_classes=2, in_channels=3)]
     torch.manual_seed(seed_of(config.seed, 1))
-    method = make(
-        "method",
-        config.method,
-        feature_dim=probe.feature_dim,
-        trunk_channels=probe.trunk_channels,
-        epochs=trainer.epochs,
-    )
-    return trainer, schedule, make_optimizer, probe, method
+    method = make("method", config.method, **dimensions_of(probes), epochs=trainer.epochs)
+    return trainer, schedule, optimizer_factory(config, trainer.device, method.weight_decay), probes, method
 
 
-def optimizer_factory(config: DictConfig) -> Callable[..., Any]:
-    """What makes the optimizer of parameters.
+def optimizer_factory(config: DictConfig, device: Any, own_decay: float | None) -> Callable[..., Any]:
+    """What makes the optimizer of parameters, tried with two.
+
+    Args:
+        config: resolved.
+        device: of the training.
+        own_decay: the weight decay of what the method itself learns; None for that of all.
 
     Raises:
-        ConfigError: it takes no such options.
+        ConfigError: it takes no such options, no weight decay for a part, or no step as those of a training.
     """
     import torch
 
     make_optimizer = make("optimizer", config.optimizer)
     check_number("optimizer.lr", config.optimizer.lr, above=0)
+    peers, own = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    if device.type == "cpu":  # there is an option whose step takes parameters on a GPU
+        peers.grad, own.grad = torch.zeros(2, 1)
+    groups = [{"params": [peers]}, {"params": [own], "weight_decay": own_decay}]
     try:
-        make_optimizer([torch.zeros(1, requires_grad=True)])
-    except (TypeError, ValueError, RuntimeError) as error:
+        tried = make_optimizer([peers, own] if own_decay is None else groups)
+        tried.step()
+    except Exception as error:  # any optimizer may be named, and betas=[] is an IndexError
+        reason = str(error).partition("\n")[0]
+        given = ", ".join(f"{name!s}={value}" for name, value in config.optimizer.items())
         raise ConfigError(
-            f"optimizer: {error}. See conf/optimizer and the optimizer's documentation."
+            f"optimizer: {reason}, with {given}. See conf/optimizer and the optimizer's documentation."
         ) from error
+    if own_decay is not None and "weight_decay" not in tried.defaults:
+        raise ConfigError(f"method.weight_decay={own_decay}: {type(tried).__name__} has none; give null.")
     return make_optimizer
 
 
 def build_group(
     config: DictConfig,
-    make_backbone: Callable[..., Backbone],
     method: Method,
     dataset: Dataset,
     trainer: Trainer,
-    teacher: Backbone | None,
+    teachers: Sequence[Backbone],
 ) -> tuple[PeerGroup, Method]:
     """The peers and the method on the trainer's device, tried on a batch of two images.
 
@@ -174,21 +190,17 @@ def build_group(
     """
     import torch
 
-    from okddip.models.group import PeerGroup
+    from okddip.training.peers import make_group
     from okddip.training.rehearsal import rehearse
 
     place: dict[str, Any] = {
         "device": trainer.device,
         "memory_format": torch.channels_last if trainer.channels_last else torch.contiguous_format,
     }
-    group = PeerGroup(
-        partial(make_backbone, num_classes=len(dataset.classes), in_channels=dataset.channels),
-        peers=method.peers,
-        structure=method.structure,
-        rescale=method.rescale,
-        teacher=None if teacher is None else teacher.to(**place),
+    factories = backbone_factories(
+        config.model, num_classes=len(dataset.classes), in_channels=dataset.channels
     )
-    group.to(**place)
+    group = make_group(factories, method, [teacher.to(**place) for teacher in teachers], **place)
     method.to(trainer.device)
     name = f" ({config.model.name})" if config.model.get("name") else ""
     names = f"model={config.options.model}{name} with dataset={config.options.dataset}"
@@ -207,9 +219,7 @@ def cli() -> None:
                 try:
                     ensure_home()
                     distributed.check_environment()
-                    check_flags(sys.argv[1:])
-                    sys.argv[1:] = as_typed(overrides_first(sys.argv[1:]))
-                    check_choices(sys.argv[1:])
+                    sys.argv[1:] = for_hydra(sys.argv[1:])
                 except ConfigError as error:
                     print(error, file=sys.stderr)
                     sys.exit(1)
@@ -217,10 +227,10 @@ def cli() -> None:
                     print(versions())
                     return
                 if {"--help", "-h"} & set(sys.argv[1:]):
-                    print(for_terminal(usage(CONFIG_HOME, sys.argv[1:]), lines=True))
-                    rest = [part for part in sys.argv[1:] if part not in ("--help", "-h")]
-                    sys.argv[1:] = ["--cfg", "job", *rest]
-                main()
+                    print_help(main)
+                    return
+                with short_errors():
+                    main()
         except BaseException as error:
             finish_sweep(write_report, error)
             raise

@@ -16,16 +16,38 @@ MOVED = {
 FIRST_NAMES = {now: then for then, now in MOVED.items()}
 
 # Settings that came later, with the value that a run without them had. With it they identify no run.
-LATER_SETTINGS = {"trainer": {"deterministic": False, "drop_last": False}}
+LATER_SETTINGS: dict[str, dict[str, Any]] = {
+    "trainer": {"deterministic": False, "drop_last": False, "threads": None},
+    "method": {"views": "shared", "ema_decay": None},
+    "model": {"peers": None},
+}
+
+
+# The number of a run's first epoch wherever people look: a key of checkpoints and of `run.json`, and a tag.
+FIRST_EPOCH = "first_epoch"
+
+
+def first_epoch(known: Mapping[str, Any]) -> int:
+    """The number of the first epoch of a run: 1; 0 in a run that an older version began, which says nothing.
+
+    Args:
+        known: a checkpoint, the content of `run.json`, or the tags of an MLflow run.
+    """
+    return int(str(known.get(FIRST_EPOCH)) == "1")
 
 
 def updated(config: Mapping[str, Any]) -> dict[str, Any]:
     """A plain configuration of this version or an older one, as this version writes it."""
     current = with_current_names(config)
     for group, settings in LATER_SETTINGS.items():
-        if isinstance(current.get(group), dict):
+        if isinstance(current.get(group), dict) and (group != "method" or is_ours(current[group])):
             current[group] = settings | current[group]
     return current
+
+
+def is_ours(part: Mapping[str, Any]) -> bool:
+    """Whether a part is of this program: another's may not take what came later."""
+    return str(part.get("_target_", "")).startswith("okddip.")
 
 
 def with_current_names(config: Any) -> Any:

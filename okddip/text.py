@@ -19,6 +19,7 @@ from typing import Any
 INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 JOINERS = "\u200c\u200d"  # invisible, but scripts and emoji are written with them
 OPENS_FORMULA = re.compile(r"[=+\-@\uff1d\uff0b\uff0d\uff20]")  # \uff..: full-width forms of the same
+MINUS = "\u2212"  # the sign of negative numbers where people read
 NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", re.IGNORECASE)
 MARKDOWN = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {sign: f"\\{sign}" for sign in "\\`*_[]|~!#"}
 LATEX = {
@@ -28,6 +29,7 @@ LATEX = {
 }
 # Settings of Matplotlib with which text is only text: no formulas between dollars, no LaTeX
 FIGURES = {"text.parse_math": False, "text.usetex": False}
+ONCE = {"once": True}  # for `log.info(..., extra=ONCE)`; see `is_said_once`
 OVERRIDE = re.compile(r"~[\w./@:-]+|[+~]{0,2}[\w./@:-]+=.*", re.DOTALL)  # of Hydra
 UNQUOTED = re.compile(r"[A-Za-z_./][\w./:\-]*")  # strings that Hydra takes without quotes
 NOT_STRINGS = ("null", "true", "false", "inf", "nan")
@@ -73,7 +75,7 @@ def for_latex(text: object) -> str:
     """Text in one line that LaTeX sets as it is, also as a cell of a table."""
     marked = "".join(LATEX.get(char, char) for char in for_terminal(text))
     marked = re.sub(r"^[\[*]", r"{\g<0>}", marked)  # after a line's end, LaTeX would read an option
-    marked = marked.replace("±", "$\\pm$")
+    marked = marked.replace("±", "$\\pm$").replace(MINUS, "$-$")
     return re.sub(r"(?<![\w.-])([+-])(?=\d)", r"$\1$", marked)
 
 
@@ -160,10 +162,21 @@ class LogFormatter(logging.Formatter):
     """Escapes terminal commands in messages, which may quote text of other people.
 
     Ends of lines stay, as many messages are tables; text that is quoted there goes through `for_terminal`.
+
+    Attributes:
+        prefix: of each line.
     """
 
+    prefix = ""
+
     def format(self, record: logging.LogRecord) -> str:
-        return for_terminal(super().format(record), lines=True)
+        text = for_terminal(super().format(record), lines=True)
+        return self.prefix + text.replace("\n", f"\n{self.prefix}")
+
+
+def is_said_once(record: logging.LogRecord) -> bool:
+    """Whether one job of a sweep logs this for all: warnings, and what is logged with `extra=ONCE`."""
+    return record.levelno == logging.WARNING or getattr(record, "once", False)
 
 
 def replace_unencodable_output() -> None:

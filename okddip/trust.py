@@ -27,6 +27,8 @@ from okddip.plain_data import NotTrusted
 
 PARTS = ("method", "model", "dataset", "optimizer", "scheduler", "trainer")  # groups that a file brings along
 GLOBAL = ("experiment", "ablation", "multirun_presets")  # groups whose options set keys of any group
+# one of several networks is a model as a single one is
+NETWORK = re.compile(r"^model\.networks\.\d+(?=\.|$)")
 MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -71,11 +73,11 @@ class Trust:
         for key, target in targets(config):
             if not isinstance(target, str) or not MODULE.fullmatch(target):
                 raise NotTrusted(f"{source}: {key}._target_={target}: is no name of a class or function.")
-            home = None
+            home, place = None, NETWORK.sub("model", key)
             if not (
-                target in package_targets().get(key, ())
-                or target in self.targets.get(key.partition(".")[0], ())
-                or is_torchs_own(key, target)
+                target in package_targets().get(place, ())
+                or target in self.targets.get(place.partition(".")[0], ())
+                or is_torchs_own(place, target)
                 or (home := self._home(target)) in self.modules
             ):
                 module = home or own_module(target)

@@ -80,9 +80,11 @@ def make_method(configured: Callable[..., DictConfig]) -> Callable[..., Method]:
 
     def make_one(option: str, *overrides: str, **shape: Any) -> Method:
         config = configured(f"method={option}", *overrides)
-        return make(
-            "method", config.method, **{"feature_dim": 64, "trunk_channels": 32, "epochs": 300} | shape
-        )
+        classes = shape.pop("classes", 10)
+        dimensions = {"feature_dim": 64, "trunk_channels": 32, "epochs": 300} | shape
+        method = make("method", config.method, **dimensions)
+        method.prepare(classes)
+        return method
 
     return make_one
 

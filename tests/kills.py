@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from mlflow import MlflowClient
 from mlflow_stores import free_port, mlflow_server
+from program import REPOSITORY, Program
 
 from okddip.run.folder import RunFolder
 from okddip.tracking.tracker import MLflow
 from okddip.tracking.unsent import LOCK
 from okddip.training import checkpoint
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 EPOCHS = 6
 PLAIN = ("experiment=quickstart", "method=baseline", f"trainer.epochs={EPOCHS}", "trainer.limit_batches=2")
 KD = (*PLAIN, "method=kd", "method.teacher=auto", "method.teacher_model=resnet14")
@@ -39,6 +39,8 @@ SWEEP = ("-m", *PLAIN, "seed=0,1")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LIMIT = 600.0  # seconds for a command
 FILES = {"last.pt", "best.pt", "metrics.jsonl", "config.yaml", "command.txt"}  # artifacts
+# of some runs: the logs of the processes that trained it, and what OKDDip has
+OTHER_FILES = {"main.log", "resumed", "attention.csv", "attention.png"}
 
 
 class Phase(NamedTuple):
@@ -77,19 +79,30 @@ class Run(NamedTuple):
     metrics: list[dict[str, float]]  # of each epoch
 
 
-def start(folder: Path, *command: str) -> "subprocess.Popen[str]":
-    with (folder / "output.txt").open("a") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "okddip.main", *command],
-            cwd=folder,
-            env=os.environ
-            | {"PYTHONPATH": str(REPOSITORY), "OKDDIP_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            # a shell lets its background jobs ignore Ctrl-C
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+def start(folder: Path, *command: str, imports: bool = False) -> "Program | subprocess.Popen[str]":
+    """Begin a command; with the imports that a start of Python takes, or without."""
+    environment = {"OKDDIP_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    if not imports:
+        return Program(folder, *command, **environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "okddip.main", *command],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a shell lets its background jobs ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def end(folder: Path, process: "Program | subprocess.Popen[str]") -> int:
+    """Wait for the end of a command; keeps what it said, and returns its exit code."""
+    output, _ = process.communicate(timeout=LIMIT)
+    with (folder / "output.txt").open("a") as file:
+        file.write(output)
+    assert process.returncode is not None
+    return process.returncode
 
 
 def ended_runs(folder: Path) -> dict[str, Run]:
@@ -156,7 +169,8 @@ def differences(folder: Path, phase: Phase, store: Store, whole: dict[str, Run])
         }
         lines: dict[str, list[tuple[int, int, float]]] = {}
         for epoch, timestamp_ms, results in epochs:
-            for key, value in results.items():
+            for key in (key for key in results if "/attention/" not in key):  # which is in a file
+                value = results[key]
                 lines.setdefault(key, []).append((epoch, timestamp_ms, value))
         if told != lines:
             wrong = sorted(key for key in told.keys() | lines.keys() if told.get(key) != lines.get(key))
@@ -164,7 +178,7 @@ def differences(folder: Path, phase: Phase, store: Store, whole: dict[str, Run])
         if run.data.metrics.get("final/top1") != epochs[-1][2]["test/top1"]:
             yield f"MLflow run {run.info.run_id}: another final/top1"
         files = {file.path for file in client.list_artifacts(run.info.run_id)}
-        if files != FILES:
+        if files - OTHER_FILES != FILES:
             yield f"MLflow run {run.info.run_id}: has the artifacts {sorted(files)}"
             continue
         with tempfile.TemporaryDirectory() as place:
@@ -185,14 +199,13 @@ def has_begun(folder: Path, phase: Phase) -> bool:
 def kill(folder: Path, phase: Phase, store: Store, moments: random.Random) -> str | None:
     """Begin, and kill at a random moment of a phase; says when, or None if the command was quicker."""
     place = (f"tracking.uri={store.uri}", f"tracking.experiment={store.experiment}")
-    process = start(folder, *phase.command, *place)
+    process = start(folder, *phase.command, *place, imports=not phase.begins)
     number, moment = moments.choice(SIGNALS), moments.uniform(0, phase.lasts)
     while process.poll() is None and not has_begun(folder, phase):
         time.sleep(0.0002)
     time.sleep(moment)
     process.send_signal(number)
-    process.wait(LIMIT)
-    return None if process.returncode == 0 else f"{number.name} after {moment:.3f} s"
+    return None if end(folder, process) == 0 else f"{number.name} after {moment:.3f} s"
 
 
 def again(folder: Path, phase: Phase, store: Store) -> int:
@@ -200,14 +213,14 @@ def again(folder: Path, phase: Phase, store: Store) -> int:
     place = [f"tracking.uri={store.uri}", f"tracking.experiment={store.experiment}"]
     if phase.command[0] != "-m":  # a sweep does what is missing by itself
         place.append("trainer.resume=auto")
-    return start(folder, *phase.command, *place).wait(LIMIT)
+    return end(folder, start(folder, *phase.command, *place))
 
 
 def uninterrupted(folder: Path) -> dict[str, Run]:
     """The runs of all phases, by their identity."""
     folder.mkdir()
     for command in (SWEEP, KD):
-        code = start(folder, *command, "tracking=none").wait(LIMIT)
+        code = end(folder, start(folder, *command, "tracking=none"))
         assert code == 0, (folder / "output.txt").read_text()
     return ended_runs(folder)
 

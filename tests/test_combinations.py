@@ -14,13 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from okddip.assembly import CONFIG_HOME, make
 from okddip.checks import check
-from okddip.data.options import check_options
 from okddip.errors import ConfigError
-from okddip.main import optimizer_factory
+from okddip.main import make_without_data
 from okddip.methods.base import Method
-from okddip.models.group import PeerGroup
+from okddip.training.peers import make_group
 
-METHODS = ["okddip", "baseline", "independent", "kd", "dml", "cl_ilr", "one"]
+METHODS = ["okddip", "baseline", "independent", "kd", "dml", "cl_ilr", "one", "kdcl", "ffl", "pcl"]
 MODELS = sorted(path.stem for path in (CONFIG_HOME / "conf" / "model").glob("*.yaml"))
 SMALL_MODELS = ["resnet8", "vgg16", "densenet40_12", "resnet18", "torchvision"]
 
@@ -35,15 +34,9 @@ def predictions(config: DictConfig) -> tuple[Method, torch.Size]:
     # networks that are traced use fake tensors themselves
     with nullcontext() if config.options.model == "torchvision" else FakeTensorMode():
         probe = make_backbone()
-        method = make(
-            "method",
-            config.method,
-            feature_dim=probe.feature_dim,
-            trunk_channels=probe.trunk_channels,
-            epochs=config.trainer.epochs,
-        )
-        teacher = probe if config.method.get("teacher") else None
-        group = PeerGroup(make_backbone, method.peers, method.structure, method.rescale, teacher)
+        method = make("method", config.method, **probe.dimensions, epochs=config.trainer.epochs)
+        method.prepare(7)
+        group = make_group(make_backbone, method, probe if config.method.get("teacher") else None)
         images, labels = torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long)
         return method, method(group(images), labels, torch.ones(())).predictions.shape
 
@@ -67,16 +60,16 @@ def test_every_method_takes_every_kind_of_model(
 ) -> None:
     extra = ["method.teacher=given"] if name == "kd" else []
     method, shape = predictions(configured(f"method={name}", *option(model), *extra))
-    assert shape == (len(method.predictors), 4, 7)
+    assert shape == (len(method.measured), 4, 7)
 
 
 @pytest.mark.parametrize("peers", [2, 3, 5, 8])
-@pytest.mark.parametrize("name", ["okddip", "independent", "dml", "cl_ilr", "one"])
+@pytest.mark.parametrize("name", ["okddip", "independent", "dml", "cl_ilr", "one", "kdcl", "ffl", "pcl"])
 def test_any_number_of_peers(configured: Callable[..., DictConfig], name: str, peers: int) -> None:
     extra = ["method.leader=false"] if name == "okddip" and peers == 2 else []
     overrides = [f"method={name}", f"method.peers={peers}", "model=resnet8", *extra]
     method, shape = predictions(configured(*overrides))
-    assert shape[0] == len(method.predictors) >= peers + 1
+    assert shape[0] == len(method.measured) >= peers + 1
 
 
 @pytest.mark.parametrize(
@@ -134,21 +127,14 @@ def test_every_experiment_and_preset_takes_every_option_or_says_what_to_give(
     for name in GROUPS[group]:
         given = [f"{group}={name}", "dataset.root=images", "methods.teacher=given", "trainer.device=cpu"]
         if group == "task":
-            given.append("+checkpoint=last.pt")
+            given.append("++checkpoint=last.pt")
         if name == "torchvision":
             given += ["model.name=resnet18", "model.split=layer3"]
         config = configured(settings, *given)
         try:
             check(config)
-            check_options(config.dataset)
-            trainer = make("trainer", config.trainer)
-            schedule = make("scheduler", config.scheduler, epochs=trainer.epochs)
+            _, schedule, *_ = make_without_data(config)
             assert 0 <= schedule(0) <= 1
-            optimizer_factory(config)([torch.zeros(1, requires_grad=True)])
-            with torch.device("meta"):
-                probe = make("model", config.model, num_classes=2, in_channels=3)
-            shape = {"feature_dim": probe.feature_dim, "trunk_channels": probe.trunk_channels}
-            make("method", config.method, **shape, epochs=trainer.epochs)
         except ConfigError as error:
             refusals.append(str(error))
     assert [text for text in refusals if not re.match(r"(ablation|method|dataset)[.\w]*[ =:]", text)] == []

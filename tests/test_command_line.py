@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import Answer
 
-from okddip.command_line import as_typed, check_flags, overrides_first, parsed
+from okddip.command_line import as_typed, check_flags, check_words, overrides_and_flags, parsed
 from okddip.errors import ConfigError
 from okddip.version import __version__
 
@@ -96,7 +96,8 @@ def test_the_value_of_another_setting_is_shown_in_quotes() -> None:
     ],
 )
 def test_flags_may_stand_between_overrides(typed: str, read: str) -> None:
-    assert overrides_first(typed.split()) == read.split()
+    overrides, flags = overrides_and_flags(typed.split())
+    assert [*overrides, *flags] == read.split()
 
 
 def test_flags_that_go_nowhere_are_refused() -> None:
@@ -109,6 +110,54 @@ def test_flags_that_go_nowhere_are_refused() -> None:
     check_flags(["--cfg", "job", "--resolve"])
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--epochs 5", "trainer.epochs=5"),
+        ("--lr=0.1", "optimizer.lr=0.1"),
+        ("--batch-size 64 seed=1", "trainer.batch_size=64"),
+        ("--num_epochs", "trainer.epochs=..."),
+        ("--method okddip", "method=okddip"),
+        ("--optimizer.lr 0.1", "optimizer.lr=0.1"),
+        ("--seed=3", "seed=3"),
+        ("-lr=0.1", "optimizer.lr=0.1"),
+        ("--qqq 5", "Settings are given as KEY=VALUE"),
+    ],
+)
+def test_a_flag_of_another_program_is_answered_with_the_override_to_type(typed: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_flags(typed.split())
+    assert meant in str(refused.value)
+    check_flags(["-m", "--config-dir", "mine", "--multi", "-cd=mine", "--hydra-help", "-i"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("train", "leave the word out"),
+        ("help", "okddip --help"),
+        ("evaluate", "task=evaluate"),
+        ("okdip", "method=okddip"),
+        ("quickstart", "=quickstart"),
+        ("mine", "method=mine"),
+        ("qqqqq", "KEY=VALUE"),
+        ("optimizer.lr = 0.01", "spaces around its equals sign: optimizer.lr=0.01"),
+        ("optimizer.lr =0.01", "spaces around its equals sign: optimizer.lr=0.01"),
+        ("optimizer.lr= 0.01", "spaces around its equals sign: optimizer.lr=0.01"),
+        ("seed=1 =3", "=3: is no override"),
+    ],
+)
+def test_a_word_that_is_no_override_is_answered_with_what_was_meant(
+    typed: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own" / "method").mkdir(parents=True)
+    (tmp_path / "own" / "method" / "mine.yaml").touch()
+    with pytest.raises(ConfigError) as refused:
+        check_words(typed.split(), [tmp_path / "own"])
+    assert message in str(refused.value)
+    check_words(["~seed", "dataset.root=", "name=a = b", "+x=1"])
+
+
 def test_the_versions_of_the_program_and_what_it_stands_on_are_printed(okddip: Okddip) -> None:
     lines = okddip("--version").out.splitlines()
     names = ("hydra-core", "torch", "mlflow")
@@ -118,3 +167,29 @@ def test_the_versions_of_the_program_and_what_it_stands_on_are_printed(okddip: O
 def test_a_command_with_a_path_and_a_flag_in_between_is_composed(okddip: Okddip) -> None:
     answer = okddip("dataset.root=photos (1), фото", "--cfg", "job", "seed=3", "--package", "dataset")
     assert "root: photos (1), фото" in answer.out, answer.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "implied"),
+    [
+        (["model.peers=[a,b,c]"], ["method.structure=network", "method.peers=3"]),
+        (["model.peers=[a,b]", "method.peers=4", "method.structure=branch"], []),  # refused later, by name
+        (["-m", "model.peers=[a,b],[a,c]"], ["method.structure=network", "method.peers=2"]),
+        (["-m", "model.peers=[a,b],[a,b,c]"], ["method.structure=network"]),
+        (["model.peers=null"], []),
+        (["model.peers=a"], []),
+    ],
+)
+def test_networks_of_peers_say_how_many_there_are(typed: list[str], implied: list[str]) -> None:
+    words = as_typed([word for part in overrides_and_flags(typed) for word in part])
+    assert [word for word in words if word not in typed] == implied
+    flags = [place for place, word in enumerate(words) if word.startswith("-")]
+    assert flags in ([], [len(words) - 1])  # after a flag Hydra takes no override
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+def test_several_teachers_are_a_list_and_no_path(sweep: list[str], tmp_path: Path) -> None:
+    several = "method.teacher=[outputs/a/best.pt,runs:/12ab]"
+    assert as_typed([several, *sweep])[0] == several
+    Path("[a,b]").touch()
+    assert as_typed(["method.teacher=[a,b]", *sweep])[0] == "method.teacher='[a,b]'"

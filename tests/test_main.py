@@ -17,7 +17,10 @@ from okddip.training import checkpoint
 
 Okddip = Callable[..., Answer]
 REPOSITORY = Path(__file__).parents[1]
-SMALL = ("experiment=quickstart", "trainer.epochs=2", "trainer.limit_batches=3")
+SMALL = (
+    *("experiment=quickstart", "trainer.epochs=2", "trainer.limit_batches=3"),
+    *("trainer.batch_size=32", "trainer.eval_batch_size=64"),
+)
 
 
 def test_two_epochs_leave_checkpoints_metrics_and_a_finished_mlflow_run(
@@ -39,13 +42,14 @@ def test_two_epochs_leave_checkpoints_metrics_and_a_finished_mlflow_run(
     assert run.data.params["method.peers"] == "3"
     assert run.data.params["dataset"] == "digits"
     assert run.data.tags["model"] == "resnet8"
+    assert (run.data.tags["predictor"], run.data.tags["parameters.kept"]) == ("leader", "77754")
     for name in (
         *("train/loss", "train/hard_loss", "train/first_level_loss", "train/second_level_loss"),
         *("train/lr", "train/ramp", "train/images_per_second", "train/leader/top1", "train/peer1/top5"),
         *("test/loss", "test/diversity", "test/top1", "test/top5", "test/leader/top1", "test/peer0/top1"),
         *("test/peer1/top5", "test/mean/top1", "test/ensemble/top1"),
     ):
-        assert [metric.step for metric in client.get_metric_history(run.info.run_id, name)] == [0, 1], name
+        assert [metric.step for metric in client.get_metric_history(run.info.run_id, name)] == [1, 2], name
     assert run.data.metrics["test/top1"] == run.data.metrics["test/leader/top1"]
     assert run.data.metrics["final/top1"] == run.data.metrics["test/top1"]
     assert run.data.metrics["best/top1"] >= run.data.metrics["final/top1"]
@@ -57,7 +61,12 @@ def test_two_epochs_leave_checkpoints_metrics_and_a_finished_mlflow_run(
     assert run.data.tags["version"]
     assert "okddip, 3 peers (branch)" in run.data.tags["mlflow.note.content"]
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"config.yaml", "last.pt", "best.pt"} <= artifacts
+    assert {"config.yaml", "last.pt", "best.pt", "main.log", "attention.csv", "attention.png"} <= artifacts
+    assert not [name for name in run.data.metrics if "attention" in name or "epoch" in name]
+    assert run.data.tags["best.epoch"] == f"{last['history']['best']['epoch'] + 1:.0f}"
+    *_, start, page = answer.out.splitlines()
+    assert start == "MLflow     mlflow ui --backend-store-uri sqlite:///mlflow.db"
+    assert page.split()[0].startswith(f"http://127.0.0.1:5000/#/experiments/1/runs/{run.info.run_id}")
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -96,10 +105,13 @@ def test_a_failing_run_is_marked_failed(okddip: Okddip, tmp_path: Path) -> None:
     assert run.info.status == "FAILED"
 
 
+WITHOUT_OPTIONS = [f"~optimizer.{name}" for name in ("momentum", "nesterov", "weight_decay", "fused")]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method.peerz=3"], "Key 'peerz' is not in struct"),
+        (["method.peerz=3"], "Did you mean method.peers=3?"),
         (["method.peers=1"], "method.peers=1: "),
         (["method.peers=2"], "method.peers=2: OKDDip takes at least 3"),
         (["method.peers=four"], "method.peers=four: must be a whole number"),
@@ -110,6 +122,14 @@ def test_a_failing_run_is_marked_failed(okddip: Okddip, tmp_path: Path) -> None:
         (["trainer.batch_size=-1"], "trainer.batch_size=-1"),
         (["optimizer.lr=0"], "optimizer.lr=0: must be a number greater than 0"),
         (["optimizer.momentum=much"], "optimizer: "),
+        (["optimizer=adamw", "optimizer.betas=[]"], "optimizer: list index out of range, with"),
+        (
+            ["method=ffl", *WITHOUT_OPTIONS, "optimizer._target_=torch.optim.Rprop"],
+            "method.weight_decay=1e-05: Rprop has none; give null",
+        ),
+        ([*WITHOUT_OPTIONS, "optimizer._target_=torch.optim.LBFGS"], "'closure'"),
+        ([*WITHOUT_OPTIONS, "optimizer._target_=torch.optim.SparseAdam"], "optimizer: SparseAdam"),
+        (["method=baseline", "method.peers=2"], "method.peers=2: must be 1."),
         (["scheduler.milestones=[225,150]"], "scheduler.milestones=[225, 150]: must ascend"),
         (["seed=-1"], "seed=-1"),
         (["name=null"], "name=None: must be text"),
@@ -147,6 +167,8 @@ def test_bad_input_is_refused_by_name_without_a_stack_of_frames(
     assert answer.code == 1
     assert message in answer.err
     assert "Traceback" not in answer.err
+    assert "HYDRA_FULL_ERROR" not in answer.err
+    assert not Path("outputs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -245,7 +267,7 @@ def test_a_teacher_is_asked_about_images_as_it_knows_them(okddip: Okddip) -> Non
 
 
 def test_multirun_sweeps_seeds(okddip: Okddip, tmp_path: Path) -> None:
-    answer = okddip("-m", *SMALL, "tracking=none", "seed=0,1", "hydra.sweep.dir=sweep")
+    answer = okddip("-m", *SMALL, "method=baseline", "tracking=none", "seed=0,1", "hydra.sweep.dir=sweep")
     assert answer.code == 0, answer.err
     seeds = [checkpoint.load(path)["config"]["seed"] for path in sorted(tmp_path.glob("sweep/*/last.pt"))]
     assert seeds == [0, 1]
@@ -281,6 +303,7 @@ def test_a_users_own_method_runs_from_an_installed_wheel(tmp_path: Path) -> None
         capture_output=True,
     )
     method, options, _ = blocks_of_the_readme("Your own method")
+    assert len((method + options).splitlines()) < 40
     (tmp_path / "mine.py").write_text(method)
     option = tmp_path / "options" / "method" / "mine.yaml"
     option.parent.mkdir(parents=True)
@@ -305,6 +328,9 @@ def test_a_users_own_method_runs_from_an_installed_wheel(tmp_path: Path) -> None
     assert finished.returncode == 0, finished.stderr
     assert "3 peers (branch)" in finished.stdout
     assert checkpoint.load(tmp_path / "run" / "last.pt")["config"]["method"]["_target_"] == "mine.Mine"
+    [results] = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    averages = [results[f"test/ema/peer{peer}/top1"] for peer in range(3)]
+    assert results["test/top1"] == results["test/ema/mean/top1"] == pytest.approx(sum(averages) / 3)
     listed = subprocess.run(
         [sys.executable, "-m", "okddip.main", "multirun_presets=nope"],
         cwd=tmp_path,

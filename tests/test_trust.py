@@ -9,6 +9,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -455,8 +456,10 @@ def test_every_option_of_the_program_may_be_named_by_a_file() -> None:
 def test_a_value_that_would_be_resolved_twice_is_refused_before_training(
     configured: Callable[..., DictConfig],
 ) -> None:
-    config = configured(*SMALL, r"+note='\${oc.env:TOKEN}'")
-    with pytest.raises(ConfigError, match=r"configuration: note=\$\{oc.env:TOKEN\}: holds an interpolation"):
+    config = configured(*SMALL, r"+dataset.note='\${oc.env:TOKEN}'")
+    with pytest.raises(
+        ConfigError, match=r"configuration: dataset.note=\$\{oc.env:TOKEN\}: holds an interpolation"
+    ):
         check(config)
 
 
@@ -531,7 +534,7 @@ def test_parts_of_ones_own_train_and_are_used_where_they_are_named(okddip: Okddi
     sys.modules.pop("own")
     answer = okddip(*evaluate)
     refused(answer, NOT_CALLED)
-    assert "last.pt: dataset.source._target_=own.source" in answer.err
+    assert "last.pt: model._target_=own.Net" in answer.err
     assert "If it is your own code, say so by trust=[own]." in answer.err
     assert "own" not in sys.modules
     for named in (["trust=[own]"], ["--config-dir", "options"]):
@@ -552,7 +555,7 @@ def test_parts_of_ones_own_go_on_and_teach(okddip: Okddip) -> None:
     assert answer.code == 0, answer.err
     assert checkpoint.load(Path("run/last.pt"))["epoch"] == 1
     kd = (*SMALL, "method=kd", "method.teacher=run")
-    refused(okddip(*kd), f"last.pt: dataset.source._target_=own.source: {NOT_CALLED}")
+    refused(okddip(*kd), f"last.pt: model._target_=own.Net: {NOT_CALLED}")
     answer = okddip(*kd, "trust=[own]")
     assert answer.code == 0, answer.err
 
@@ -596,3 +599,17 @@ def test_where_decoded_images_are_kept_is_for_this_machine_to_say(
     monkeypatch.setattr(task, "check_images", lambda settings, *_: seen.append(settings.dataset.cache_dir))
     okddip("task=evaluate", "checkpoint=evil", "tracking=none", "trainer.limit_batches=1")
     assert seen == [os.environ["OKDDIP_CACHE"]]
+
+
+def test_one_of_several_networks_is_trusted_as_a_single_one_is() -> None:
+    ours = {"_target_": "okddip.models.resnet.resnet", "depth": 8}
+    for networks, allowed in (
+        ([ours, ours], True),
+        ([ours, {"_target_": "os.system"}], False),
+        ([ours, {"_target_": "torch.nn.Linear"}], False),  # within a model, but no model
+        ([ours, {**ours, "depth": {"_target_": "builtins.exec"}}], False),
+        ([[{"_target_": "okddip.models.resnet.resnet"}]], False),
+    ):
+        config = {"model": {"peers": ["a", "b"], "networks": networks}}
+        with nullcontext() if allowed else pytest.raises(ConfigError, match=NOT_CALLED):
+            Trust().check(config, "file")
