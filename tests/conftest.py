@@ -4,6 +4,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from okddip.assembly import CONFIG_HOME, make
 from okddip.main import build, cli
 from okddip.methods.base import Method
 from okddip.run.parts import Parts
+from okddip.signals import STOP_SIGNALS
 from okddip.tasks.benchmark.synthetic import DataShape, with_synthetic_images
 
 pytest_plugins = ("mlflow_stores", "exported_networks")
@@ -41,6 +43,14 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test works in a folder of its own: runs, stores and caches of relative paths go there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OKDDIP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def unchanged_signal_handlers() -> Iterator[None]:
+    """A handler that a test leaves behind decides how signals end in the tests after it."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
 @pytest.fixture(autouse=True)

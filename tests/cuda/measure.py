@@ -552,9 +552,21 @@ def leave(number: int, frame: object) -> None:
     raise SystemExit(128 + number)  # by way of every `finally`, so that no command is left on the GPU
 
 
+@contextmanager
+def stops_end_the_command() -> Iterator[None]:
+    """Within it `leave` answers the signals that stop a program, but for those that are ignored (nohup)."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main() -> None:
-    for number in STOPS:
-        signal.signal(number, leave)
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     parser.add_argument("--images", type=Path, help="CIFAR-10 as train/CLASS/* and test/CLASS/*")
@@ -573,7 +585,8 @@ def main() -> None:
         parser.error(f"--images {settings.images}: has no images in train/CLASS/*")
     if settings.folder is not None and settings.folder.exists() and any(settings.folder.iterdir()):
         parser.error(f"--folder {settings.folder}: must be empty, as what is there would be taken for new")
-    measure(settings)
+    with stops_end_the_command():
+        measure(settings)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ measure.END_SECONDS = 1
 measure.main()
 """
     command = [sys.executable, "-c", code, *options(tmp_path, 60), f"--folder={tmp_path}/work"]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     pid = tmp_path / "work" / "pid"
     while not (pid.exists() and pid.read_text()):
         assert process.poll() is None
@@ -216,3 +216,15 @@ measure.main()
     assert (facts["before"], facts["learned"], facts["stopped"]) == (1, True, True)
     again = subprocess.run(command, capture_output=True, text=True)
     assert "must be empty" in again.stderr
+
+
+def test_a_closed_terminal_does_not_stop_a_measurement_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with measure.stops_end_the_command():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == measure.leave
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) != measure.leave
+    finally:
+        signal.signal(signal.SIGHUP, before)
