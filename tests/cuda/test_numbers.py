@@ -132,7 +132,8 @@ def test_a_compiled_run_has_the_numbers_of_an_eager_one_and_compiles_twice(
     assert counters["inductor"]["cudagraph_skips"] == 0
     runs = [Path(name, "metrics.jsonl").read_text().splitlines() for name in ("compiled", "eager")]
     assert len(runs[0]) == 4
-    rounding = 0.05 if "trainer.precision=bf16" in overrides else 1e-3
+    # after four epochs eager itself differs by up to 0.002 between one thread and two, or memory formats
+    rounding = 0.05 if "trainer.precision=bf16" in overrides else 0.01
     for line, other in zip(*runs, strict=True):
         ours, eager = (json.loads(text) for text in (line, other))
         for key in ("train/loss", "test/loss", "train/ramp"):
