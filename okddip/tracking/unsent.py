@@ -132,8 +132,10 @@ def finish_if_ended(client: "MlflowClient", run: "Run") -> None:
     with ExitStack() as held:
         try:
             if is_own(lock):
+                times = [lock.stat().st_mtime_ns]  # before older versions of filelock set it anew
                 held.enter_context(FileLock(lock, timeout=0))
-        except (Timeout, PermissionError):  # it goes on, or lies in a folder of somebody else's
+        # it goes on, or lies in a folder of somebody else's, or is gone just now
+        except (Timeout, PermissionError, FileNotFoundError):
             return
         now = client.get_run(run_id)
         if now.info.status != "RUNNING" or now.data.tags.get(LOCK) != tags.get(LOCK):
@@ -141,8 +143,8 @@ def finish_if_ended(client: "MlflowClient", run: "Run") -> None:
         if is_own(unsent):
             send_unsent(client, run_id, unsent)
         else:
-            times = [path.stat().st_mtime_ns // 1_000_000 for path in folder.iterdir() if path.is_file()]
-            client.set_terminated(run_id, "KILLED", end_time=max(times))
+            times += [path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file() and path != lock]
+            client.set_terminated(run_id, "KILLED", end_time=max(times) // 1_000_000)
             logger.info("MLflow run %s was killed, and is marked so now.", run_id)
 
 
