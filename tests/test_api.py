@@ -315,7 +315,7 @@ def training_of_the_readme() -> str:
 @pytest.mark.slow
 def test_the_lines_of_the_readme_run_in_a_fresh_folder(store: str, tmp_path: Path) -> None:
     snippet = training_of_the_readme()
-    (tmp_path / "script.py").write_text(snippet + "print(len(runs), run.run_id in runs.index)\n")
+    (tmp_path / "script.py").write_text(snippet + "\nprint(len(runs), run.run_id in runs.index)\n")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     finished = subprocess.run(
         [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
