@@ -45,8 +45,9 @@ def become(code: str, arguments: Sequence[str]) -> None:
     sys.argv = ["okddip", *arguments]
     try:
         exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
-    finally:
-        atexit._run_exitfuncs()  # which a fork leaves out
+    finally:  # as Python ends and a fork does not: in another order, idle workers of joblib are waited for
+        threading._shutdown()
+        atexit._run_exitfuncs()
 
 
 def begin(
