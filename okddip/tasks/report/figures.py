@@ -173,7 +173,7 @@ def draw_headline(series: Sequence[Series], place: str) -> Figure:
     if shown["run"]:
         handles.append(Line2D([], [], marker=".", label="a run", **mark))  # type: ignore[arg-type]
     if shown["ensemble"]:
-        named = {"marker": "D", "fillstyle": "none", "label": "ensemble of all peers"}
+        named = {"marker": "D", "fillstyle": "none", "label": "ensemble of peers"}
         handles.append(Line2D([], [], **named, **mark))  # type: ignore[arg-type]
     legend_below(figure, [*handles, *baseline], seeds_of(groups_of(series)))
     return figure

@@ -155,7 +155,7 @@ def footer(comparison: Comparison) -> list[str]:
     if any(group.predictor for group in comparison.groups):
         lines.append(
             "predictor: whose accuracy last and best epoch are; ensemble: the peers' mean logits after the"
-            " last epoch, which take all peers to compute."
+            " last epoch, of OKDDip those of its auxiliary peers; they take all of these to compute."
         )
     lines += costs_explained(comparison)
     differences = [group.differences["last"] for group in comparison.groups if group.differences]
