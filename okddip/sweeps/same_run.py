@@ -35,19 +35,19 @@ def one_process_at_a_time(config: DictConfig) -> Iterator[None]:
     store = f"{without_credentials(uri)} {config.tracking.experiment}" if uri else str(Path.cwd())
     name = hashlib.sha256(f"{run_identity(config)} {store}".encode()).hexdigest()[:16]
     folder = Path(config.dataset.cache_dir).expanduser() / "locks"
+    lock = FileLock(folder / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s: another process is training this run; waiting for it.", config.name)
+            lock.acquire()
+    except OSError as error:  # also a file of somebody else's, or a file system without locks
         raise ConfigError(
             f"dataset.cache_dir={config.dataset.cache_dir}: cannot be written ({error.strerror})."
             " Name another folder, here or in OKDDIP_CACHE."
         ) from error
-    lock = FileLock(folder / name)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("%s: another process is training this run; waiting for it.", config.name)
-        lock.acquire()
     try:
         yield
     finally:

@@ -99,3 +99,15 @@ def test_another_store_is_told_of_runs_that_are_finished(okddip: Okddip, tmp_pat
     answer = okddip(*command, "tracking.uri=sqlite:///moved.db")
     assert "2 jobs: 1 finished, 1 finished before." in answer.out
     assert client.get_run(first[0].info.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").exists(), reason="needs a folder that root cannot write")
+def test_a_cache_that_takes_no_locks_is_named(okddip: Okddip, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "locks").symlink_to("/sys/kernel")
+    answer = okddip("-m", *SMALL, "seed=0")
+    assert answer.code != 0
+    said = answer.out + answer.err
+    assert f"dataset.cache_dir={tmp_path}/cache: cannot be written (" in said
+    assert "Name another folder, here or in OKDDIP_CACHE." in said
+    assert "Traceback" not in said
