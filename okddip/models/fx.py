@@ -113,9 +113,8 @@ def build(name: str, num_classes: int) -> nn.Module:
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         try:
             return make()
-        except (
-            NotImplementedError
-        ):  # RegNets calculate their widths with tensors, which the meta device cannot
+        except NotImplementedError:
+            # RegNets calculate their widths with tensors, which the meta device cannot
             device = torch.get_default_device()
             with torch.device("cpu"):
                 return make().to(device)
