@@ -154,8 +154,8 @@ def footer(comparison: Comparison) -> list[str]:
     lines.append(f"best epoch: {judged[comparison.held_out]}.")
     if any(group.predictor for group in comparison.groups):
         lines.append(
-            "predictor: whose accuracy last and best epoch are; ensemble: the peers' mean logits after the"
-            " last epoch, of OKDDip those of its auxiliary peers; they take all of these to compute."
+            "predictor: whose accuracy last and best epoch are; ensemble: the mean logits of the peers (of"
+            " OKDDip the auxiliary ones) after the last epoch, which takes all of them to compute."
         )
     lines += costs_explained(comparison)
     differences = [group.differences["last"] for group in comparison.groups if group.differences]
