@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
 SWEEP = "OKDDIP_SWEEP"  # a `SweepInfo` as JSON
 START = SAME_IMAGES  # a word for this start of the sweep
 TRAIN = "okddip.tasks.train.train"
-TRAINED_FOR = "trained_for"  # the tag of a teacher: the parent run
+TRAINED_FOR = "trained_for"  # the tag of a teacher: the parent run of the sweep
+NO_SWEEP = "a run in no sweep"
 LONGEST_VALUE = 24  # letters of a value in the name of a run
 
 
@@ -65,13 +66,13 @@ def job_tags() -> dict[str, str]:
 
 
 def teacher_tags() -> dict[str, str]:
-    """The tags by which a teacher that a job trains names the sweep; it is a child, but no job."""
+    """The tags of a teacher that a run trains first; in a sweep it is a child of the parent, but no job."""
     parent = SweepInfo.read().parent_run
-    return {TRAINED_FOR: parent, "mlflow.parentRunId": parent} if parent else {}
+    return {TRAINED_FOR: parent, "mlflow.parentRunId": parent} if parent else {TRAINED_FOR: NO_SWEEP}
 
 
 def is_teacher(run: Run) -> bool:
-    """Whether a child of a sweep's parent run was trained as a teacher of its jobs, and is none of them."""
+    """Whether a run was trained first as the teacher of another, and is no job of a sweep."""
     return TRAINED_FOR in run.data.tags and "sweep" not in run.data.tags
 
 

@@ -12,6 +12,8 @@ import pytest
 from program import Program
 from sweep_helpers import SMALL, Okddip, outcomes, runs
 
+from okddip.api import runs as rows
+
 
 @pytest.mark.slow
 def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path: Path) -> None:
@@ -26,6 +28,9 @@ def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path:
     assert [run.data.params["method.teacher"] for run in runs(tmp_path)] == ["auto", "auto"]
     [kind] = {run.data.tags["teacher"] for run in runs(tmp_path)}
     assert kind.startswith("resnet14-")
+    marked = rows(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert list(marked["method"][marked["teacher"]]) == ["baseline"]
+    assert list(marked["method"][~marked["teacher"]]) == ["kd", "kd"]
 
     # a job that is this very baseline is finished with it
     answer = okddip("-m", *common, "method=baseline", "model=resnet14,resnet8", "hydra.sweep.dir=baselines")
@@ -37,6 +42,8 @@ def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path:
     others = runs(tmp_path, "others")
     assert sorted(run.data.tags["seed"] for run in others) == ["0", "1", "1"]
     assert [run.data.tags["teacher"] for run in others if "teacher" in run.data.tags] == [kind]
+    marked = rows(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert sorted(marked["seed"][marked["teacher"]]) == [0, 1]  # in a sweep or not
 
 
 @pytest.mark.slow

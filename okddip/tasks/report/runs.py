@@ -271,6 +271,16 @@ def settings_with_teachers(chosen: Sequence["Run"]) -> list[dict[str, str]]:
     return rows
 
 
+def repeated_runs(chosen: Sequence["Run"]) -> set[str]:
+    """The IDs of finished runs that have a newer finished one with the same images, settings and seed."""
+    finished, _ = finished_runs(chosen)
+    newest: dict[object, str] = {}
+    for dataset, members in group_by_dataset(finished).items():
+        for run, known in zip(members, settings_with_teachers(members), strict=True):
+            newest[dataset, seed(run), frozenset(known.items())] = run.info.run_id
+    return {run.info.run_id for run in finished} - set(newest.values())
+
+
 def teacher_seed_and_epoch(run: "Run") -> tuple[str, str]:
     """Seed and epoch of the teacher of a run; of an older one the place, which stands for both."""
     return (

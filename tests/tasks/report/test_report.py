@@ -87,6 +87,9 @@ def test_runs_in_python_are_rows_with_settings_and_metrics_as_numbers(uri: str) 
     row = everything[everything["dataset"] == "digits"].iloc[0]
     assert (row["seed"], row["method.peers"], row["trainer.channels_last"]) == (0, 1, True)
     assert (row["final/top1"], row["best/top1"]) == (97, 97.5)
+    repeated = everything[everything["repeated"]]
+    assert list(repeated["final/top1"]) == [10]
+    assert not everything["teacher"].any()
     by_epoch = okddip.history(str(row.name), "test/top1", uri=uri)
     assert list(by_epoch.index) == list(range(1, EPOCHS + 1))
     assert by_epoch.iloc[-1] == 97
