@@ -44,10 +44,11 @@ class Sweep:
 
         Raises:
             ConfigError: another sweep is running in this folder; its jobs' folders may have the same names.
+                Or no lock can be taken there.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / SWEEP_LOCK)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
             raise ConfigError(
@@ -55,8 +56,11 @@ class Sweep:
                 " both would overwrite each other's files. Name another folder, or leave hydra.sweep.dir out:"
                 " jobs that both have are trained only once. Or wait for the other to end."
             ) from error
-        except (OSError, NotImplementedError):  # a file system without locks
-            return
+        except OSError as error:  # a file system without locks
+            raise ConfigError(
+                f"hydra.sweep.dir={self.folder}: a file there cannot be locked ({error.strerror}), and"
+                " neither could those of its runs. Name a folder on another file system."
+            ) from error
         self.lock_file = lock
         shutil.rmtree(self.folder / SAID, ignore_errors=True)  # of one that was killed
 

@@ -35,3 +35,11 @@ def test_a_second_sweep_in_the_folder_of_one_that_goes_on_is_refused(okddip: Okd
     answer = okddip(*common, "seed=7,8")
     assert answer.code == 0, answer.err
     assert "2 jobs: 2 finished." in answer.out
+
+
+def test_a_sweep_whose_folder_takes_no_lock_is_refused(okddip: Okddip, tmp_path: Path) -> None:
+    (tmp_path / "sweep" / ".sweep.lock").mkdir(parents=True)
+    answer = okddip("-m", *SMALL, "method=baseline", "hydra.sweep.dir=sweep", "seed=0")
+    assert answer.code == 1
+    assert f"hydra.sweep.dir={tmp_path}/sweep: a file there cannot be locked (" in answer.err
+    assert "Traceback" not in answer.out + answer.err
