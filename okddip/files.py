@@ -4,11 +4,15 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock, Timeout
+
 from okddip.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 UNUSED = (".hydra", "main.log", "run.lock")  # what is in the folder of a run that was refused
 
@@ -98,6 +102,39 @@ def copy(source: Path, target: Path) -> None:
     """Copy a file and flush it to the disk."""
     with source.open("rb") as original:
         write(target, lambda file: shutil.copyfileobj(original, file))
+
+
+def lock(path: Path, waiting: str) -> AbstractContextManager[object]:
+    """Hold a lock file, whose folder is made if absent, until the process ends at the latest.
+
+    Args:
+        path: of the file.
+        waiting: is logged if another process holds it.
+
+    Raises:
+        OSError: it cannot be written, or its file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(path)
+    try:
+        return held.acquire(timeout=0)
+    except Timeout:
+        log.info("%s", waiting)
+        return held.acquire()
+
+
+@contextmanager
+def one_at_a_time(lock_file: Path, waiting: str) -> Iterator[None]:
+    """Let one process make what others then find. Where files cannot be locked, each makes it for itself.
+
+    Args:
+        lock_file: its folder is made if absent.
+        waiting: is logged if another process holds it.
+    """
+    with ExitStack() as held:
+        with suppress(OSError):
+            held.enter_context(lock(lock_file, waiting))
+        yield
 
 
 def remove_unused(folders: Sequence[Path]) -> None:

@@ -25,7 +25,7 @@ from okddip.data.folder import Listing
 from okddip.data.images import BRIGHTEST, read_image
 from okddip.distributed import hide_progress_bar
 from okddip.errors import ConfigError, raise_problems
-from okddip.files import write
+from okddip.files import one_at_a_time, write
 from okddip.text import for_terminal
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,8 @@ def decode_cached(
     """Decode the images of a listing, or take them from `cache_dir` if nothing has changed since.
 
     A cache belongs to a folder and its options, and holds the fingerprint of what it was made from. The
-    decoded images are mapped from the file, so that runs side by side share its memory.
+    decoded images are mapped from the file, so that runs side by side share its memory. Where these begin
+    together, one decodes and the others wait.
 
     Returns:
         uint8 [N, H, W, C] for each split.
@@ -197,23 +198,33 @@ def decode_cached(
     stamp = f"{CACHE_VERSION} {listing.fingerprint}"
     cached = _load(path, stamp)
     if cached is None:
-        images: dict[str, Tensor] = {}
-        brightest: list[int] = []
-        refused: list[str] = []
-        for split, files in listing.files.items():
-            images[split], values = decode(files, size, channels, f"Decoding {root / split}", refused)
-            brightest += values
-        raise_problems(f"dataset.root={root}", refused)
-        shapes = {split: tuple(part.shape[1:3]) for split, part in images.items()}
-        if len(set(shapes.values())) > 1:
-            raise ConfigError(
-                f"{root}: images differ in size (height, width) between the splits: {shapes}; give "
-                f"dataset.image_size, to which they are scaled."
-            )
-        cached = {"stamp": stamp, "images": images, "brightest": brightest}
-        _save(path, cached)
+        waiting = f"{for_terminal(root)}: another process is decoding these images; waiting for it."
+        with one_at_a_time(cache_dir / "locks" / path.stem, waiting):
+            cached = _load(path, stamp)  # which that process has made
+            if cached is None:
+                cached = {"stamp": stamp} | _decode_splits(root, listing, size, channels)
+                _save(path, cached)
     _warn_of_few_bits(root, cached.get("brightest", []))  # caches of older versions do not have it
     return cached["images"]
+
+
+def _decode_splits(
+    root: Path, listing: Listing, size: tuple[int, int] | None, channels: int
+) -> dict[str, Any]:
+    images: dict[str, Tensor] = {}
+    brightest: list[int] = []
+    refused: list[str] = []
+    for split, files in listing.files.items():
+        images[split], values = decode(files, size, channels, f"Decoding {root / split}", refused)
+        brightest += values
+    raise_problems(f"dataset.root={root}", refused)
+    shapes = {split: tuple(part.shape[1:3]) for split, part in images.items()}
+    if len(set(shapes.values())) > 1:
+        raise ConfigError(
+            f"{root}: images differ in size (height, width) between the splits: {shapes}; give "
+            f"dataset.image_size, to which they are scaled."
+        )
+    return {"images": images, "brightest": brightest}
 
 
 def _warn_of_few_bits(root: Path, brightest: list[int]) -> None:

@@ -10,7 +10,7 @@ import socket
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from okddip.data.folder import scan
 from okddip.data.options import image_shape
 from okddip.data.stratify import stratified_order
 from okddip.errors import ConfigError
+from okddip.files import one_at_a_time
 
 
 class Split(NamedTuple):
@@ -60,10 +61,11 @@ def cifar100(root: str) -> Source:
 def _cifar(dataset: Any, root: Path) -> Source:
     try:
         train = dataset(root, train=True)
-    except RuntimeError:  # its MD5 check finds files absent or damaged
-        _fetch(root, dataset.filename, dataset.tgz_md5, [dataset.url])
-        with _refusing_damage(root / dataset.filename):
-            train = dataset(root, train=True, download=True)  # unpacks
+    except RuntimeError:  # its MD5 check finds files absent or damaged, or another process unpacks them
+        with _one_download_at_a_time(root):
+            _fetch(root, dataset.filename, dataset.tgz_md5, [dataset.url])
+            with _refusing_damage(root / dataset.filename):
+                train = dataset(root, train=True, download=True)  # unpacks, if that process has not
     test = dataset(root, train=False)
     return Source(_cifar_split(train), _cifar_split(test), tuple(train.classes))
 
@@ -93,8 +95,9 @@ def fashion_mnist(root: str) -> Source:
             break
     else:
         folder = below
-        for name, md5 in FashionMNIST.resources:
-            _fetch(folder, name, md5, [mirror + name for mirror in FashionMNIST.mirrors])
+        with _one_download_at_a_time(folder):
+            for name, md5 in FashionMNIST.resources:
+                _fetch(folder, name, md5, [mirror + name for mirror in FashionMNIST.mirrors])
     train_images, train_labels, test_images, test_labels = (
         torch.from_numpy(_read_idx(folder / name, dimensions))
         for name, dimensions in zip(names, (3, 1, 3, 1), strict=True)
@@ -181,6 +184,11 @@ def image_folder(
 
 
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer
+
+
+def _one_download_at_a_time(folder: Path) -> AbstractContextManager[None]:
+    waiting = f"{folder}: another process is downloading a data set; waiting for it."
+    return one_at_a_time(folder / ".download.lock", waiting)
 
 
 def _fetch(folder: Path, name: str, md5: str, urls: Sequence[str]) -> None:

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from okddip.errors import ConfigError
+from okddip.files import lock
 from okddip.run.identity import dataset_digests, run_identity
 from okddip.tracking.address import without_credentials
 from okddip.tracking.params import digests_of
@@ -35,23 +35,16 @@ def one_process_at_a_time(config: DictConfig) -> Iterator[None]:
     store = f"{without_credentials(uri)} {config.tracking.experiment}" if uri else str(Path.cwd())
     name = hashlib.sha256(f"{run_identity(config)} {store}".encode()).hexdigest()[:16]
     folder = Path(config.dataset.cache_dir).expanduser() / "locks"
-    lock = FileLock(folder / name)
+    waiting = f"{config.name}: another process is training this run; waiting for it."
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("%s: another process is training this run; waiting for it.", config.name)
-            lock.acquire()
+        held = lock(folder / name, waiting)
     except OSError as error:  # also a file of somebody else's, or a file system without locks
         raise ConfigError(
             f"dataset.cache_dir={config.dataset.cache_dir}: cannot be written ({error.strerror})."
             " Name another folder, here or in OKDDIP_CACHE."
         ) from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def finished_runs(config: DictConfig, everywhere: bool = False, parent: str | None = None) -> Iterator[Run]:

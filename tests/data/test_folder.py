@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,10 +110,31 @@ def test_each_set_of_options_has_a_cache_of_its_own(root: Path, monkeypatch: pyt
     assert paths == []
 
 
+def test_runs_that_begin_together_decode_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(*arguments: Any) -> Any:
+        with (root.parent / "decoded").open("a") as log:
+            log.write(f"{arguments[3]}\n")
+        time.sleep(0.5)
+        return decode(*arguments)
+
+    def run() -> None:
+        sys.exit(load(root).train.images.shape != (6, 6, 8, 3))
+
+    decode = decoding.decode
+    monkeypatch.setattr(decoding, "decode", slowly)
+    processes = [multiprocessing.get_context("fork").Process(target=run) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len((root.parent / "decoded").read_text().splitlines()) == 2  # train and test
+
+
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "zeros"])
 def test_a_damaged_cache_is_made_anew(root: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     first = load(root)
-    (cache,) = (root.parent / "cache").iterdir()
+    (cache,) = (root.parent / "cache").glob("*.pt")
     content = cache.read_bytes()
     cache.write_bytes(
         {
@@ -153,16 +176,16 @@ def test_a_stop_while_a_cache_is_written_costs_no_room(
     process = multiprocessing.get_context("fork").Process(target=write)
     process.start()
     cache = root.parent / "cache"
-    while not (cache.is_dir() and any(path.stat().st_size for path in cache.iterdir())):
+    while not any(path.stat().st_size for path in cache.glob(".*")):
         assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid or 0, number)
     process.join()
-    for left in cache.iterdir():
+    for left in cache.glob(".*"):
         assert number == signal.SIGKILL
         os.utime(left, (0, 0))  # long ago: another process may be writing what is new
     load(root)
-    assert [path.suffix for path in cache.iterdir()] == [".pt"]
+    assert [path.suffix for path in cache.iterdir() if path.name != "locks"] == [".pt"]
 
 
 def test_a_full_disk_leaves_no_half_written_cache(
@@ -175,7 +198,7 @@ def test_a_full_disk_leaves_no_half_written_cache(
     monkeypatch.setattr(torch, "save", full)
     assert len(load(root).train.labels) == 6
     assert "No space left on device" in caplog.text
-    assert list((root.parent / "cache").iterdir()) == []
+    assert [path.name for path in (root.parent / "cache").iterdir()] == ["locks"]
 
 
 # Images that are read

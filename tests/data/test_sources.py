@@ -2,8 +2,11 @@
 
 import gzip
 import hashlib
+import multiprocessing
 import pickle
+import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -116,7 +119,34 @@ def test_cifar10_is_downloaded_if_absent(
     monkeypatch.setattr(urllib.request, "urlopen", lambda request: Response())
     root = tmp_path / "new" / "data"
     assert cifar10(str(root)).train.labels.tolist() == [3, 0, 9, 1, 1]
-    assert sorted(path.name for path in root.iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+    assert {path.name for path in root.iterdir()} == {
+        *("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+        ".download.lock",
+    }
+
+
+def test_runs_that_begin_together_download_and_unpack_once(
+    tmp_path: Path, published: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(url: str, root: str, filename: str, md5: str) -> None:
+        if (Path(root) / filename).exists():
+            return  # as torchvision asks before it unpacks
+        with (tmp_path / "downloads").open("a") as log:
+            log.write(f"{filename}\n")
+        time.sleep(0.5)
+        (Path(root) / filename).write_bytes(published)
+
+    def run() -> None:
+        sys.exit(cifar10(str(tmp_path / "new")).train.labels.tolist() != [3, 0, 9, 1, 1])
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", download)
+    processes = [multiprocessing.get_context("fork").Process(target=run) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "downloads").read_text().split() == ["cifar-10-python.tar.gz"]
 
 
 def test_a_data_set_that_cannot_be_downloaded_is_refused_with_its_address(tmp_path: Path) -> None:
@@ -125,7 +155,7 @@ def test_a_data_set_that_cannot_be_downloaded_is_refused_with_its_address(tmp_pa
     assert "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in str(error.value)
     assert str(tmp_path / "cifar-10-python.tar.gz") in str(error.value)
     assert "no network in tests" in str(error.value)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".download.lock"]
 
 
 @pytest.mark.parametrize("kept", [0, 0.5, 0.999])
@@ -149,7 +179,7 @@ def test_a_download_that_ends_early_leaves_nothing_behind(
     monkeypatch.setattr(torchvision.datasets.utils, "download_url", half)
     with pytest.raises(ConfigError, match="could not be downloaded"):
         cifar10(str(tmp_path / "new"))
-    assert list((tmp_path / "new").iterdir()) == []
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".download.lock"]
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
