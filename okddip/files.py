@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -104,37 +104,36 @@ def copy(source: Path, target: Path) -> None:
         write(target, lambda file: shutil.copyfileobj(original, file))
 
 
-def lock(path: Path, waiting: str) -> AbstractContextManager[object]:
-    """Hold a lock file, whose folder is made if absent, until the process ends at the latest.
-
-    Args:
-        path: of the file.
-        waiting: is logged if another process holds it.
-
-    Raises:
-        OSError: it cannot be written, or its file system has no locks.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path)
-    try:
-        return held.acquire(timeout=0)
-    except Timeout:
-        log.info("%s", waiting)
-        return held.acquire()
+def locks_in(cache_dir: Path) -> Path:
+    """The folder of this user's lock files in a cache, which several users may share."""
+    return cache_dir / f"locks-{os.getuid()}"
 
 
 @contextmanager
-def one_at_a_time(lock_file: Path, waiting: str) -> Iterator[None]:
-    """Let one process make what others then find. Where files cannot be locked, each makes it for itself.
+def first_of_several(lock_file: Path, waiting: str) -> Iterator[None]:
+    """Let the first of several processes make what the others then find, while these wait.
+
+    They go on without the lock: what they do not find they make side by side, and not one after the other.
+    So do all where files cannot be locked.
 
     Args:
         lock_file: its folder is made if absent.
-        waiting: is logged if another process holds it.
+        waiting: is logged if another process is the first.
     """
-    with ExitStack() as held:
-        with suppress(OSError):
-            held.enter_context(lock(lock_file, waiting))
+    held = FileLock(lock_file)
+    try:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=0)
+    except Timeout:
+        log.info("%s (If none is, remove %s.)", waiting, lock_file)
+        with held:
+            pass
+    except OSError:
+        pass
+    try:
         yield
+    finally:
+        held.release()
 
 
 def remove_unused(folders: Sequence[Path]) -> None:

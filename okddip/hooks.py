@@ -89,6 +89,8 @@ def exit_if_refused(key: str, config: DictConfig) -> list[Path]:
 def check_output_folder(key: str, config: DictConfig) -> list[Path]:
     """Make the output folder that a key of Hydra's names, and see that files can be written there.
 
+    Where there is a run in it already, `.hydra` stays what it was: of the command that began that run.
+
     Returns:
         The folders that were not there before, the innermost first.
 
@@ -113,6 +115,9 @@ def check_output_folder(key: str, config: DictConfig) -> list[Path]:
         raise ConfigError(
             f"{key}={folder}: the output folder cannot be written ({reason}). Name another one."
         ) from None
+    if key == "hydra.run.dir" and (absolute / "last.pt").exists():
+        with read_write(config.hydra):
+            config.hydra.output_subdir = None
     return made
 
 

@@ -25,7 +25,7 @@ from okddip.data.folder import Listing
 from okddip.data.images import BRIGHTEST, read_image
 from okddip.distributed import hide_progress_bar
 from okddip.errors import ConfigError, raise_problems
-from okddip.files import one_at_a_time, write
+from okddip.files import first_of_several, locks_in, write
 from okddip.text import for_terminal
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def decode_cached(
 
     A cache belongs to a folder and its options, and holds the fingerprint of what it was made from. The
     decoded images are mapped from the file, so that runs side by side share its memory. Where these begin
-    together, one decodes and the others wait.
+    together, the first decodes and the others wait for it.
 
     Returns:
         uint8 [N, H, W, C] for each split.
@@ -199,8 +199,9 @@ def decode_cached(
     cached = _load(path, stamp)
     if cached is None:
         waiting = f"{for_terminal(root)}: another process is decoding these images; waiting for it."
-        with one_at_a_time(cache_dir / "locks" / path.stem, waiting):
-            cached = _load(path, stamp)  # which that process has made
+        key.update(stamp.encode())  # folders of one name on several machines have a cache each in turn
+        with first_of_several(locks_in(cache_dir) / key.hexdigest()[:16], waiting):
+            cached = _load(path, stamp)
             if cached is None:
                 cached = {"stamp": stamp} | _decode_splits(root, listing, size, channels)
                 _save(path, cached)

@@ -25,7 +25,7 @@ from okddip.data.folder import scan
 from okddip.data.options import image_shape
 from okddip.data.stratify import stratified_order
 from okddip.errors import ConfigError
-from okddip.files import one_at_a_time
+from okddip.files import first_of_several
 
 
 class Split(NamedTuple):
@@ -62,7 +62,7 @@ def _cifar(dataset: Any, root: Path) -> Source:
     try:
         train = dataset(root, train=True)
     except RuntimeError:  # its MD5 check finds files absent or damaged, or another process unpacks them
-        with _one_download_at_a_time(root):
+        with _first_download(root):
             _fetch(root, dataset.filename, dataset.tgz_md5, [dataset.url])
             with _refusing_damage(root / dataset.filename):
                 train = dataset(root, train=True, download=True)  # unpacks, if that process has not
@@ -95,7 +95,7 @@ def fashion_mnist(root: str) -> Source:
             break
     else:
         folder = below
-        with _one_download_at_a_time(folder):
+        with _first_download(folder):
             for name, md5 in FashionMNIST.resources:
                 _fetch(folder, name, md5, [mirror + name for mirror in FashionMNIST.mirrors])
     train_images, train_labels, test_images, test_labels = (
@@ -186,9 +186,9 @@ def image_folder(
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer
 
 
-def _one_download_at_a_time(folder: Path) -> AbstractContextManager[None]:
+def _first_download(folder: Path) -> AbstractContextManager[None]:
     waiting = f"{folder}: another process is downloading a data set; waiting for it."
-    return one_at_a_time(folder / ".download.lock", waiting)
+    return first_of_several(folder / ".download.lock", waiting)
 
 
 def _fetch(folder: Path, name: str, md5: str, urls: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from okddip.errors import ConfigError
 from okddip.files import write_text
 from okddip.older_versions import first_epoch
 from okddip.run.identity import run_identity
-from okddip.tracking.unsent import RUN_LOCK
+from okddip.tracking.unsent import LOCK_SECONDS, RUN_LOCK
 from okddip.training import checkpoint
 
 log = logging.getLogger(__name__)
@@ -78,10 +78,14 @@ class RunFolder:
         """
         held = FileLock(self.path / RUN_LOCK)
         try:
-            return held.acquire(timeout=0)
+            return held.acquire(timeout=LOCK_SECONDS)
         except Timeout:
             if patient:
-                log.info("%s: another process is running this run; waiting for it.", self.path)
+                log.info(
+                    "%s: another process is running this run; waiting for it. (If none is, remove run.lock"
+                    " there.)",
+                    self.path,
+                )
                 return held.acquire()
             raise ConfigError(
                 f"{self.path}: this run is still running in another process. (If it is not, remove run.lock"

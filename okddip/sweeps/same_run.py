@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from okddip.errors import ConfigError
-from okddip.files import lock
+from okddip.files import locks_in
 from okddip.run.identity import dataset_digests, run_identity
 from okddip.tracking.address import without_credentials
 from okddip.tracking.params import digests_of
@@ -34,17 +35,27 @@ def one_process_at_a_time(config: DictConfig) -> Iterator[None]:
     uri = config.tracking.get("uri")
     store = f"{without_credentials(uri)} {config.tracking.experiment}" if uri else str(Path.cwd())
     name = hashlib.sha256(f"{run_identity(config)} {store}".encode()).hexdigest()[:16]
-    folder = Path(config.dataset.cache_dir).expanduser() / "locks"
-    waiting = f"{config.name}: another process is training this run; waiting for it."
+    file = locks_in(Path(config.dataset.cache_dir).expanduser()) / name
+    lock = FileLock(file)
     try:
-        held = lock(folder / name, waiting)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info(
+                "%s: another process is training this run; waiting for it. (If none is, remove %s.)",
+                *(config.name, file),
+            )
+            lock.acquire()
     except OSError as error:  # also a file of somebody else's, or a file system without locks
         raise ConfigError(
             f"dataset.cache_dir={config.dataset.cache_dir}: cannot be written ({error.strerror})."
             " Name another folder, here or in OKDDIP_CACHE."
         ) from error
-    with held:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def finished_runs(config: DictConfig, everywhere: bool = False, parent: str | None = None) -> Iterator[Run]:

@@ -13,12 +13,10 @@ from filelock import FileLock, Timeout
 from okddip.errors import ConfigError
 from okddip.sweeps.outcomes import Outcome, read_outcomes
 from okddip.sweeps.progress import SAID
-from okddip.tracking.unsent import SWEEP_LOCK
+from okddip.tracking.unsent import LOCK_SECONDS, SWEEP_LOCK
 
 if TYPE_CHECKING:  # sweeps begin before anything heavy is imported
     from okddip.tracking.tracker import MLflow, NoTracking
-
-LOCK_SECONDS = 5.0  # another command may hold the lock that long, to see whether the sweep has ended
 
 
 @dataclass

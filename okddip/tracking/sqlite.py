@@ -59,6 +59,10 @@ def complete_store(uri: str) -> Iterator[Path]:
     for place in (file, file.parent):  # SQLite's journal stands beside the file
         if place.exists() and not os.access(place, os.W_OK):
             raise PermissionError(f"{place} cannot be written")
+    # imported under the lock, they would let many runs that start together wait for each other
+    import mlflow.store.db.utils
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
     with FileLock(f"{file}.lock", timeout=LOCK_SECONDS):
         engine = create_engine(url, poolclass=NullPool)
         if file.exists() and (tables := set(inspect(engine).get_table_names())):

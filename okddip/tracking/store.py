@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import Timeout
+
 from okddip.errors import ConfigError
 from okddip.text import for_shell_word
 from okddip.tracking.address import ALLOWED_URIS, absolute_uri
@@ -114,7 +116,7 @@ class Store:
 
     def cannot_open(self, error: Exception) -> ConfigError:
         """What a user is told of a store that fails."""
-        if "database is locked" in str(error):
+        if "database is locked" in str(error) or isinstance(error, Timeout):
             return ConfigError(
                 f"tracking.uri={self.uri}: another process has been writing to this store for seconds, "
                 "or was stopped while it wrote (database is locked). End it or let it go on, and try again; "

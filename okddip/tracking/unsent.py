@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 RUN_LOCK = "run.lock"  # in a training run's folder; locked as long as its process lives
 SWEEP_LOCK = ".sweep.lock"  # the same of a sweep, in its folder
+LOCK_SECONDS = 5.0  # another command may hold either that long, to see whether the run or sweep has ended
 LOCK = "lock"  # the tag of a sweep's parent: a file that is locked as long as the process of its sweep lives
 
 

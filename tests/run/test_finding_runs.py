@@ -168,12 +168,14 @@ def test_a_run_goes_on_from_its_last_epoch_alone(okddip: Okddip, client: object,
 
 def test_a_run_is_not_trained_over_another(okddip: Okddip, tmp_path: Path) -> None:
     assert okddip(*BARE, "hydra.run.dir=run").code == 0
-    before = (tmp_path / "run" / "last.pt").read_bytes()
+    files = [tmp_path / "run" / "last.pt", *(tmp_path / "run" / ".hydra").iterdir()]
+    before = [file.read_bytes() for file in files]
     for overrides in ([], ["seed=1"], ["seed=1", "trainer.resume=auto"]):
         answer = okddip(*BARE, "hydra.run.dir=run", *overrides)
         assert answer.code == 1
         assert "there is a run in this folder already" in answer.err
-    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+        assert [file.read_bytes() for file in files] == before
+    assert len(before) == 4
 
 
 @pytest.mark.parametrize("text", quick_first(b'{"identity": "58c', b"", b"[]", b"\xff\xfe", b"\0" * 50))

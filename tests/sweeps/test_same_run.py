@@ -1,5 +1,6 @@
 """Which runs are the same, wherever they were begun and finished."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_another_store_is_told_of_runs_that_are_finished(okddip: Okddip, tmp_pat
 @pytest.mark.skipif(not Path("/sys/kernel").exists(), reason="needs a folder that root cannot write")
 def test_a_cache_that_takes_no_locks_is_named(okddip: Okddip, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "locks").symlink_to("/sys/kernel")
+    (tmp_path / "cache" / f"locks-{os.getuid()}").symlink_to("/sys/kernel")
     answer = okddip("-m", *SMALL, "seed=0")
     assert answer.code != 0
     said = answer.out + answer.err
