@@ -44,6 +44,7 @@ from okddip.main import build, make_without_data
 from okddip.signals import stop_on_signals, stops_deferred
 from okddip.sweeps.begin import NO_CHDIR
 from okddip.sweeps.environment import TRAIN, is_teacher
+from okddip.sweeps.outcomes import finished_before
 from okddip.tasks.report import reproduce
 from okddip.tasks.report import runs as stored
 from okddip.text import LogFormatter
@@ -162,8 +163,9 @@ def runs(
     Columns are the run's `name`, `status`, `start`, `sweep` and `folder`, its settings (`method`,
     `method.peers`...), and the last value of each metric: `test/top1` and the others after the last epoch,
     `final/top1`, `best/top1`, `best/epoch`. Unfinished runs lack `final/` and `best/`. Two columns say what
-    a mean may have to leave out: `teacher` is true of runs that another trained first as its teacher,
-    `repeated` of finished ones that the report leaves out, as a newer one has the same settings and seed.
+    a mean may have to leave out: `teacher` is true of runs that another trained first as its teacher, and
+    no sweep took for a job of its own; `repeated` of finished ones that the report leaves out, as a newer
+    one has the same settings and seed.
 
     Args:
         sweep: only the runs of a sweep: its name, or the ID of its parent run.
@@ -182,7 +184,9 @@ def runs(
         raise ConfigError(f"There is no training run in {searched}.")
     training.sort(key=lambda run: run.info.start_time)
     rows = stored.table(training)
-    rows.insert(5, "teacher", [is_teacher(run) for run in training])
+    jobs = {run_id for run in found for run_id in finished_before(run)}
+    teachers = [not sweep and is_teacher(run) and run.info.run_id not in jobs for run in training]
+    rows.insert(5, "teacher", teachers)
     rows.insert(6, "repeated", rows.index.isin(stored.repeated_runs(training)))
     return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,15 @@ def teacher_tags() -> dict[str, str]:
 def is_teacher(run: Run) -> bool:
     """Whether a run was trained first as the teacher of another, and is no job of a sweep."""
     return TRAINED_FOR in run.data.tags and "sweep" not in run.data.tags
+
+
+def objective(metrics: Mapping[str, float]) -> float:
+    """By what settings are chosen: top-1 on images held out of training, or on the test images without any.
+
+    Args:
+        metrics: after the last epoch, of the trainer or of MLflow.
+    """
+    return next(metrics[name] for name in ("val/top1", "final/top1", "test/top1") if name in metrics)
 
 
 def run_name(config: DictConfig) -> str:

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from okddip.errors import ConfigError, Incompatible
-from okddip.sweeps.environment import START, SweepInfo, is_training, run_name
+from okddip.sweeps.environment import START, SweepInfo, is_training, objective, run_name
 from okddip.sweeps.joblib import end_with_sweep
 from okddip.sweeps.outcomes import Outcome, write_outcome
 from okddip.sweeps.progress import label_lines, progress
@@ -91,7 +91,7 @@ def train_once(config: DictConfig, train: Task) -> tuple[Any, str]:
     with one_process_at_a_time(config):
         if run := next(finished_runs(config, parent=parent), None):
             log.info("%s: finished before, as MLflow run %s.", config.name, run.info.run_id)
-            return run.data.metrics["final/top1"], run.info.run_id
+            return objective(run.data.metrics), run.info.run_id
         if config.trainer.resume is None:
             config.trainer.resume = "auto" if parent is None else interrupted_run(config, parent)
         return train(config), ""

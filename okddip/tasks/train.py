@@ -27,7 +27,7 @@ from okddip.run.parts import Parts
 from okddip.run.same_run import check_same_data
 from okddip.run.summary import log_run_summary, peers_tags, run_note, run_params, tracked_splits
 from okddip.signals import stop_on_signals
-from okddip.sweeps.environment import is_job, job_tags, run_name, teacher_tags
+from okddip.sweeps.environment import is_job, job_tags, objective, run_name, teacher_tags
 from okddip.tasks import attention
 from okddip.tasks.attention import write_attention
 from okddip.tasks.threads import choose_threads
@@ -54,10 +54,10 @@ def train(
         teacher_folder: of a teacher that a run trains for itself; a run of its own, and no job of a sweep.
 
     Returns:
-        Top-1 of the primary predictor after the last epoch, in percent.
+        By what a sweeper may choose settings: `objective` after the last epoch, in percent.
     """
     _, history = train_run(config, build, teacher_folder)
-    return history["last"]["test/top1"]
+    return objective(history["last"])
 
 
 def train_run(

@@ -119,14 +119,16 @@ def test_optuna_maximizes_what_jobs_return_and_passes_over_those_that_fail(tmp_p
         *("-m", *SMALL[:-1], "trainer.epochs=2", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid"),
         *("hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"),
         *("optimizer.lr=choice(0.0001,0.05,1e30)", "hydra.sweep.dir=sweep", "method=baseline"),
-        "trainer.limit_batches=8",
+        *("trainer.limit_batches=8", "dataset.validation=0.2"),
     )
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output  # one failed
     assert sorted(kind for _, kind in outcomes(tmp_path / "sweep")) == ["failed", "finished", "finished"]
     best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
     assert best.best_params["optimizer.lr"] == 0.05
-    assert best.best_value == max(run.data.metrics.get("final/top1", 0) for run in runs(tmp_path))
+    # on the images held out of training: the test images choose nothing
+    assert best.best_value == max(run.data.metrics.get("val/top1", 0) for run in runs(tmp_path))
+    assert best.best_value not in [run.data.metrics.get("final/top1") for run in runs(tmp_path)]
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from okddip.deployment.predictors import extract, rebuild
 from okddip.deployment.preprocessing import Preprocessing
 from okddip.models.backbone import Backbone
 from okddip.tasks.export import task as exporting
+from okddip.training import checkpoint
 from okddip.trust import Trust
 
 REPOSITORY = Path(__file__).parents[2]
@@ -177,6 +178,14 @@ def test_peers_are_judged_by_the_validation_set(okddip: Okddip, trained: Trained
         )
     accuracy = json.loads(Path("out-peer1/model.json").read_text())["trained"]["accuracy"]
     assert accuracy == {"val/peer1/top1": 60.0, "test/peer1/top1": 80.0}
+
+    # no accuracy where the last epoch that was evaluated is an earlier one
+    state = checkpoint.load(Path("run/last.pt"))
+    state["epoch"] += 1
+    checkpoint.save(state, Path("run"), best=False)
+    okddip("task=export", "checkpoint=run", "export.formats=[safetensors]", "export.out=later")
+    trained_then = json.loads(Path("later/model.json").read_text())["trained"]
+    assert (trained_then["epochs"], trained_then["accuracy"]) == (9, {})
 
 
 @pytest.mark.parametrize(

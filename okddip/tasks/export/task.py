@@ -129,6 +129,8 @@ def describe(
 ) -> dict[str, Any]:
     """What `model.json` holds."""
     last = state["history"].get("last", {})
+    if last.get("epoch") != state["epoch"]:  # with trainer.eval_every, of a run that was interrupted
+        last = {}
     return {
         "okddip": __version__,
         "predictor": predictor,
