@@ -18,6 +18,7 @@ from okddip.files import copy, link, sync_folder, writing
 from okddip.older_versions import FIRST_EPOCH, first_epoch
 from okddip.run.folder import Run, RunFolder, restarted_jobs
 from okddip.run.identity import dataset_digests, fingerprint, run_identity
+from okddip.run.own_code import CODE, code_digest
 from okddip.run.references import find_checkpoint
 from okddip.run.same_run import check_is_last, check_same_settings, same_but_for_length
 from okddip.text import ONCE, for_shell
@@ -115,7 +116,8 @@ def begin(run: Run, config: DictConfig) -> None:
         )
     with writing(folder):
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was killed before a checkpoint
-    run.folder.record_job(identity=run_identity(config), **{FIRST_EPOCH: str(run.first_epoch)})
+    facts = {"identity": run_identity(config), CODE: code_digest(config)}
+    run.folder.record_job(**facts, **{FIRST_EPOCH: str(run.first_epoch)})
 
 
 def reopen(run: Run, config: DictConfig) -> None:
@@ -128,6 +130,12 @@ def reopen(run: Run, config: DictConfig) -> None:
     folder, metadata = run.folder.path, run.folder.metadata
     run.tracking_id = run.tracking_id or metadata.get("tracking_id")
     run.store = metadata.get("store")
+    if not has_code_of(run.folder, config):
+        log.warning(
+            "%s: your own code has changed since this run began; its epochs until now are of the code before."
+            " Another folder, or trainer.rerun=true in a sweep, begins anew.",
+            folder,
+        )
     if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
         run.state = checkpoint.load_last(folder)
         checkpoint.warn_of_other_version(run.state, folder)
@@ -204,7 +212,7 @@ def copy_best(path: Path, folder: Path, state: dict[str, Any]) -> None:
 def newest_run(config: DictConfig, folder: Path, *, of_this_job: bool = False) -> Path | None:
     """The folder of the run last begun with this configuration (in this job), looking beside `folder`.
 
-    Runs on other images are other runs, except in this job.
+    Runs on other images, or with other code of one's own, are other runs, except in this job.
     """
     # outputs/NAME/TIME has neighbours outputs/NAME/*; a job's multirun/TIME/JOB has multirun/*/*
     notes = {*folder.glob("run.json"), *folder.parent.glob("*/run.json")}
@@ -219,6 +227,8 @@ def newest_run(config: DictConfig, folder: Path, *, of_this_job: bool = False) -
     if not of_this_job and any("data" in run.metadata for run in runs.values()):
         ours = fingerprint(dataset_digests(config))
         runs = {path: run for path, run in runs.items() if run.metadata.get("data", ours) == ours}
+    if not of_this_job:
+        runs = {path: run for path, run in runs.items() if has_code_of(run, config)}
     return max(runs, key=lambda path: path.stat().st_mtime).parent if runs else None
 
 
@@ -239,11 +249,17 @@ def newest_run_in_store(config: DictConfig, tags: Mapping[str, str] = MappingPro
         folder = RunFolder(Path(tracked.data.tags.get("folder", "")))
         if tracked.info.status == "FINISHED" or not (folder.path / "run.json").exists():
             continue
-        if folder.identity == wanted:
+        if folder.identity == wanted and has_code_of(folder, config):
             known = folder.metadata.get("data")
             if known is None or known == fingerprint(dataset_digests(config)):
                 return folder.path
     return None
+
+
+def has_code_of(folder: RunFolder, config: DictConfig) -> bool:
+    """Whether a run was made with the code of one's own that there is now, as far as its folder says."""
+    code = code_digest(config)
+    return folder.metadata.get(CODE, code) == code
 
 
 def folder_of_tracked_run(config: DictConfig, run_id: str) -> Path | None:

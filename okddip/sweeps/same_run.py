@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from okddip.errors import ConfigError
 from okddip.files import locks_in
 from okddip.run.identity import dataset_digests, run_identity
+from okddip.run.own_code import CODE, code_digest
 from okddip.tracking.address import without_credentials
 from okddip.tracking.params import digests_of
 
@@ -59,7 +60,7 @@ def one_process_at_a_time(config: DictConfig) -> Iterator[None]:
 
 
 def finished_runs(config: DictConfig, everywhere: bool = False, parent: str | None = None) -> Iterator[Run]:
-    """Finished MLflow runs with this configuration and these images in tracking's experiment, newest first.
+    """Finished MLflow runs of this configuration, code and images in tracking's experiment, newest first.
 
     Args:
         config: of the run.
@@ -72,9 +73,14 @@ def finished_runs(config: DictConfig, everywhere: bool = False, parent: str | No
     tracker = instantiate(config.tracking)
     tracker.open()
     under = {} if parent is None else {"mlflow.parentRunId": parent}
+    code = code_digest(config)
     for run in tracker.find({"identity": run_identity(config), **under}, everywhere):
         if run.info.status == "FINISHED" and "final/top1" in run.data.metrics:
-            if digests_of(run) == dataset_digests(config):
+            if run.data.tags.get(CODE, code) != code:
+                log.info(
+                    "MLflow run %s has the same settings, but your own code was another.", run.info.run_id
+                )
+            elif digests_of(run) == dataset_digests(config):
                 yield run
             else:
                 log.info(

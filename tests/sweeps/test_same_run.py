@@ -8,6 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from conftest import folders_of_images
+from program import REPOSITORY
 from sweep_helpers import SMALL, Okddip, outcomes, runs
 
 
@@ -112,3 +113,39 @@ def test_a_cache_that_takes_no_locks_is_named(okddip: Okddip, tmp_path: Path) ->
     assert f"dataset.cache_dir={tmp_path}/cache: cannot be written (" in said
     assert "Name another folder, here or in OKDDIP_CACHE." in said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_run_of_edited_code_of_ones_own_is_another_run(
+    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = tmp_path / "own_method.py"
+    code.write_text(
+        "from okddip.methods.independent import Independent\n\n\nclass Own(Independent):\n    pass\n"
+    )
+    option = tmp_path / "options" / "method" / "own.yaml"
+    option.parent.mkdir(parents=True)
+    plain = (REPOSITORY / "conf" / "method" / "independent.yaml").read_text()
+    option.write_text(re.sub("_target_: .*", "_target_: own_method.Own", plain))
+    common = ("--config-dir", "options", *SMALL, "method=own")
+
+    def sweep(place: str) -> tuple[list[tuple[int, str]], str]:
+        answer = okddip("-m", *common, "seed=0", f"hydra.sweep.dir={place}")
+        assert answer.code == 0, answer.err
+        return outcomes(tmp_path / place), answer.out
+
+    assert sweep("first")[0] == [(0, "finished")]
+    assert sweep("same")[0] == [(0, "finished before")]
+    code.write_text(code.read_text().replace("pass", "edited = True"))
+    kinds, said = sweep("edited")
+    assert kinds == [(0, "finished")]
+    assert "has the same settings, but your own code was another." in said
+    assert sweep("again")[0] == [(0, "finished before")]
+
+    # what is resumed goes on, and says so
+    code.write_text(code.read_text().replace("edited", "edited_again"))
+    [folder] = (tmp_path / "edited").glob("0-*")
+    answer = okddip(*common, "seed=0", f"trainer.resume={folder}", "trainer.epochs=2")
+    assert answer.code == 0, answer.err
+    assert "your own code has changed since this run began" in answer.out + answer.err
