@@ -10,7 +10,7 @@ from torch.autograd.profiler import profile
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from okddip.tasks.benchmark.device_use import peak_memory
 from okddip.tasks.benchmark.steps import TrainerSteps
@@ -27,9 +27,23 @@ HOST_READS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.e
 def count_flops(steps: TrainerSteps, modules: Sequence[nn.Module]) -> int:
     """Floating-point operations of the convolutions and matrix products of a training step."""
     set_mode(modules, training=True)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=GROUPED) as counter:
         steps.train_step()
     return counter.get_total_flops()
+
+
+def convolution_backward_flops(
+    grad_shape: Sequence[int], x_shape: Sequence[int], w_shape: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    """Each of the two gradients of a convolution takes as many operations as its forward pass.
+
+    PyTorch's own formula counts the gradient of the weights of a grouped convolution as if it had no groups.
+    """
+    *_, transposed, _, _, output_mask = rest  # as of aten.convolution_backward
+    return conv_flop_count(list(x_shape), list(w_shape), list(grad_shape), transposed) * sum(output_mask[:2])
+
+
+GROUPED = {aten.convolution_backward: convolution_backward_flops}
 
 
 class ByteCounter(TorchDispatchMode):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from okddip.assembly import CONFIG_HOME
 from okddip.main import build
 from okddip.run.parts import Parts
-from okddip.tasks.benchmark.counting import OperatorCounter, count_operators, memory_use
+from okddip.tasks.benchmark.counting import GROUPED, OperatorCounter, count_operators, memory_use
 from okddip.tasks.benchmark.steps import TrainerSteps
 from okddip.tasks.benchmark.synthetic import DataShape, with_synthetic_images
 
@@ -63,6 +64,25 @@ def test_no_scaled_step_of_a_fused_optimizer_reads_back(
         ]
         == 0
     )
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("groups", [1, 4, 16])
+@pytest.mark.parametrize("of_input", [True, False])
+def test_each_gradient_of_a_convolution_costs_what_its_forward_pass_does(
+    convolution: type[nn.Conv2d], groups: int, of_input: bool
+) -> None:
+    layer = convolution(16, 32, 3, groups=groups, bias=False)
+    images = torch.randn(2, 16, 8, 8, requires_grad=of_input)
+    with FlopCounterMode(display=False) as forward:
+        output = layer(images)
+    counts = []
+    for mapping in (GROUPED, {}):
+        with FlopCounterMode(display=False, custom_mapping=mapping) as backward:
+            output.sum().backward(retain_graph=True)
+        counts.append(backward.get_total_flops())
+    assert counts[0] == forward.get_total_flops() * (2 if of_input else 1)
+    assert (counts[0] == counts[1]) == (groups == 1)  # else PyTorch's own count is another
 
 
 def test_moving_averages_count_as_memory(synthetic_parts: BuildParts) -> None:
