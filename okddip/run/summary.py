@@ -31,8 +31,10 @@ def run_params(config: DictConfig | dict[str, Any]) -> dict[str, str]:
 
     Named like overrides, `method=okddip method.peers=4`. Left out are places, how a run is logged and
     continued, and import paths that follow from the name of an option; `config.yaml` has them all. The number
-    of threads is told, although it makes no other run.
+    of threads is told, although it makes no other run; and that of ranks, where each normalises its own share
+    of a batch.
     """
+    ranks = 1 if config["trainer"]["sync_batch_norm"] else distributed.world_size()
     flat = identifying_settings(config)
     named = {key: value for key, value in flat.items() if not key.startswith("options.")}
     return {
@@ -44,6 +46,7 @@ def run_params(config: DictConfig | dict[str, Any]) -> dict[str, str]:
             if config["trainer"].get("threads") is None
             else flatten({THREADS: config["trainer"]["threads"]})
         ),
+        **({"ranks": str(ranks)} if ranks > 1 else {}),
     }
 
 

@@ -30,7 +30,7 @@ from okddip.training.devices import check_device, find_device
 from okddip.training.epoch import evaluate_on, refuse_broken_losses, train_on
 from okddip.training.history import History, Results
 from okddip.training.peers import saved_parts
-from okddip.training.precision import PRECISIONS, is_native
+from okddip.training.precision import PRECISIONS, auto_precision, is_native
 from okddip.training.reporting import Tracker, log_expected_end, save_epoch
 from okddip.training.schedules import Schedule
 from okddip.training.step import EvalStep, ForwardStep, TrainStep, parts_of
@@ -129,7 +129,7 @@ class Trainer:
                 " learn whether gradients have overflowed. With trainer.fused=true it does not."
             )
         if self.precision == "auto":
-            self.precision = "bf16" if on_cuda else "fp32"
+            self.precision = auto_precision(self.device.type)
         if not is_native(self.precision, self.device):
             log.warning(
                 f"trainer.precision={self.precision}: this processor has no {self.precision} instructions and"

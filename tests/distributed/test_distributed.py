@@ -145,6 +145,7 @@ def test_rank_0_alone_writes_prints_and_tracks_and_every_test_image_counts_once(
     assert tracked.info.status == "FINISHED"
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert tracked.data.metrics["test/top1"] == last["test/top1"]
+    assert tracked.data.params["ranks"] == "2"
 
     evaluated = okddip("task=evaluate", f"checkpoint={folder}", "hydra.run.dir=evaluation", "tracking=none")
     assert evaluated.code == 0, evaluated.err

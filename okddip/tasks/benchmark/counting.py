@@ -39,7 +39,7 @@ def convolution_backward_flops(
 
     PyTorch's own formula counts the gradient of the weights of a grouped convolution as if it had no groups.
     """
-    *_, transposed, _, _, output_mask = rest  # as of aten.convolution_backward
+    transposed, _, _, output_mask = rest[-4:]  # as of aten.convolution_backward
     return conv_flop_count(list(x_shape), list(w_shape), list(grad_shape), transposed) * sum(output_mask[:2])
 
 

@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent / "measured"
 REGIME = (
     *("model", "method", "optimizer", "scheduler"),
     *(f"trainer.{key}" for key in ("epochs", "batch_size", "limit_batches", "gradient_clip", "accumulate")),
-    *("trainer.drop_last", "trainer.sync_batch_norm"),
+    *("trainer.drop_last", "trainer.sync_batch_norm", "ranks"),
     *("dataset.train_size", "dataset.validation", "dataset.image_size", "dataset.pad", "dataset.flip"),
 )
 IMAGES = ("images.train", "images.test")  # digests

@@ -15,6 +15,7 @@ from okddip.sweeps.environment import is_teacher
 from okddip.sweeps.outcomes import finished_before
 from okddip.text import NUMBER, for_terminal
 from okddip.tracking.params import CONTEXT, digests_of, flatten, params_of
+from okddip.training.precision import auto_precision
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -202,8 +203,12 @@ def all_params(run: "Run") -> dict[str, str]:
     """The params of a run, also those that it has not: of settings that came later, and of their first value.
 
     The option file of a newer method may have another value; without this its runs could not be told apart.
+    Which precision `auto` is depends on the device: seeds of several devices are not one row.
     """
-    return flatten(LATER_SETTINGS) | params_of(run)
+    known = flatten(LATER_SETTINGS) | params_of(run)
+    if known.get("trainer.precision") == "auto" and (kind := device(run)):
+        known["trainer.precision"] = auto_precision(kind)
+    return known
 
 
 def last_values(run: "Run") -> dict[str, float]:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from report_store import made_runs
+from report_store import made_runs, params_with
 from scipy import stats
 
 from okddip.tasks.report.columns import (
@@ -236,3 +236,22 @@ def test_what_an_option_file_sets_and_older_runs_had_not_tells_rows_apart(method
     assert {run.info.run_id for run in plain.runs} == {run.info.run_id for run in default}
     [other] = [group for group in comparison.groups if group.settings["method.views"] == "shared"]
     assert "views=each" in [mark for figure in published_for(other.settings) for mark in figure.marks]
+
+
+def test_runs_that_computed_otherwise_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`trainer.precision=auto` is bf16 on CUDA; and each rank normalises its own share of a batch."""
+    alone = made_runs("method=okddip", last=[90, 91])
+    on_cuda = made_runs("method=okddip", last=[92, 93], tags={"device": "cuda:1"})
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    params_with.cache_clear()
+    four_ranks = made_runs("method=okddip", last=[94, 95])
+    synchronised = made_runs("method=okddip", "trainer.sync_batch_norm=true", last=[96, 97])
+    params_with.cache_clear()
+    assert "ranks" not in synchronised[0].data.params
+
+    [comparison] = compare([*alone, *on_cuda, *four_ranks])
+    assert comparison.repeated == 0
+    assert set(comparison.columns) >= {"precision", "ranks"}
+    rows = {(group.values["precision"], group.values["ranks"]): group for group in comparison.groups}
+    means = {key: group.scores["last"].mean() for key, group in rows.items()}
+    assert means == {("fp32", ""): 90.5, ("bf16", ""): 92.5, ("fp32", "4"): 94.5}
