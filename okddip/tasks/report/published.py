@@ -17,6 +17,7 @@ NOT_BY_DEFAULT = (
     *("method._target_", "method.peers", "method.structure", "method.ramp_epochs"),
     *("method.teacher", "method.teacher_model"),
 )
+LIMIT = "trainer.limit_batches"
 
 
 class Published(NamedTuple):
@@ -65,6 +66,8 @@ def marks(row: Mapping[str, str], settings: Mapping[str, str]) -> tuple[str, ...
     ]
     if settings.get("dataset.train_size", "null") != "null" or float(settings.get("dataset.validation", "0")):
         different.append("all training images")
+    if settings.get(LIMIT, "null") != "null":
+        different.append("whole epochs, all test images")
     return tuple(different)
 
 

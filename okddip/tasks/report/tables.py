@@ -10,7 +10,7 @@ from okddip.tasks.report.compare import SCORES, Comparison, Group
 from okddip.tasks.report.costs import cost_of
 from okddip.tasks.report.intervals import FEWEST_SEEDS, Difference
 from okddip.tasks.report.measured import run_row
-from okddip.tasks.report.published import source_text
+from okddip.tasks.report.published import LIMIT, source_text
 from okddip.tasks.report.runs import device, different_peers
 from okddip.text import MINUS, for_csv, for_latex, for_markdown, for_terminal
 
@@ -156,6 +156,11 @@ def footer(comparison: Comparison) -> list[str]:
         lines.append(
             "predictor: whose accuracy last and best epoch are; ensemble: the mean logits of the peers (of"
             " OKDDip the auxiliary ones) after the last epoch, which takes all of them to compute."
+        )
+    if any(group.settings.get(LIMIT, "null") != "null" for group in comparison.groups):
+        lines.append(
+            f"{LIMIT}: the accuracies are of the first test images alone, which in a folder of images are"
+            " those of its first classes."
         )
     lines += costs_explained(comparison)
     differences = [group.differences["last"] for group in comparison.groups if group.differences]

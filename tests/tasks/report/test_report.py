@@ -14,7 +14,7 @@ import pytest
 from conftest import Answer
 from matplotlib.figure import Figure
 from mlflow.tracking import MlflowClient
-from report_store import EPOCHS, add_runs
+from report_store import EPOCHS, add_runs, made_runs
 
 import okddip
 from okddip.errors import ConfigError
@@ -240,6 +240,14 @@ def test_left_out_runs_are_counted_and_data_sets_kept_apart(folder: Path) -> Non
     assert "Repeated runs, left out: 1;" in text
     assert text.count("Test top-1 (%) on ") == 2
     assert "cannot be compared: a table for each of cifar10, digits." in text
+
+
+def test_runs_of_cut_epochs_say_so_and_their_published_figures_are_marked(tmp_path: Path) -> None:
+    limited = made_runs("method=okddip", "method.peers=4", "trainer.limit_batches=2", last=[10.0])
+    tables.write_tables(compare(limited), "", tmp_path)
+    text = (tmp_path / "table.txt").read_text()
+    assert "trainer.limit_batches: the accuracies are of the first test images alone" in text
+    assert "whole epochs, all test images" in text
 
 
 def test_markdown_latex_and_csv_hold_the_same_table(folder: Path) -> None:
