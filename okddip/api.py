@@ -161,11 +161,11 @@ def runs(
     """The training runs of a store, oldest first: a row for each, by its ID.
 
     Columns are the run's `name`, `status`, `start`, `sweep` and `folder`, its settings (`method`,
-    `method.peers`...), and the last value of each metric: `test/top1` and the others after the last epoch,
-    `final/top1`, `best/top1`, `best/epoch`. Unfinished runs lack `final/` and `best/`. Two columns say what
-    a mean may have to leave out: `teacher` is true of runs that another trained first as its teacher, and
-    no sweep took for a job of its own; `repeated` of finished ones that the report leaves out, as a newer
-    one has the same settings and seed.
+    `method.peers`...; `trainer.precision` as `auto` was on its device), and the last value of each metric:
+    `test/top1` and the others after the last epoch, `final/top1`, `best/top1`, `best/epoch`. Unfinished runs
+    lack `final/` and `best/`. Two columns say what a mean may have to leave out: `teacher` is true of runs
+    that another trained first as its teacher, and no sweep took for a job of its own; `repeated` of finished
+    ones that the report leaves out, as a newer one has the same settings and seed.
 
     Args:
         sweep: only the runs of a sweep: its name, or the ID of its parent run.
@@ -178,13 +178,15 @@ def runs(
     """
     ensure_home()
     address, name = uri or tracking_default("uri"), experiment or tracking_default("experiment")
-    found, searched, _ = stored.search(open_store(address), address, name, sweep, where)
+    client = open_store(address)
+    found, searched, _ = stored.search(client, address, name, sweep, where)
     training = stored.training_runs(found)
     if not training:
         raise ConfigError(f"There is no training run in {searched}.")
     training.sort(key=lambda run: run.info.start_time)
     rows = stored.table(training)
-    jobs = {run_id for run in found for run_id in finished_before(run)}
+    everything, *_ = stored.search(client, address, name) if where else (found,)  # sweeps have no such params
+    jobs = {run_id for run in everything for run_id in finished_before(run)}
     teachers = [not sweep and is_teacher(run) and run.info.run_id not in jobs for run in training]
     rows.insert(5, "teacher", teachers)
     rows.insert(6, "repeated", rows.index.isin(stored.repeated_runs(training)))

@@ -126,7 +126,7 @@ def first_of_several(lock_file: Path, waiting: str) -> Iterator[None]:
         held.acquire(timeout=0)
     except Timeout:
         log.info("%s (If none is, remove %s.)", waiting, lock_file)
-        with held:
+        with suppress(OSError), held:
             pass
     except OSError:
         pass

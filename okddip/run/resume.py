@@ -21,7 +21,7 @@ from okddip.run.identity import dataset_digests, fingerprint, run_identity
 from okddip.run.own_code import CODE, code_digest
 from okddip.run.references import find_checkpoint
 from okddip.run.same_run import check_is_last, check_same_settings, same_but_for_length
-from okddip.text import ONCE, for_shell
+from okddip.text import ONCE, for_shell, for_shell_word
 from okddip.tracking.address import absolute_uri
 from okddip.tracking.tracker import MLflow, NoTracking
 from okddip.training import checkpoint
@@ -112,7 +112,8 @@ def begin(run: Run, config: DictConfig) -> None:
     if (folder / "last.pt").exists():
         raise ConfigError(
             f"{folder}: there is a run in this folder already. Name another folder in hydra.run.dir (for a"
-            " sweep in hydra.sweep.dir), or resume that run with trainer.resume=auto and its own settings."
+            " sweep in hydra.sweep.dir), or resume that run with trainer.resume=auto and its own settings"
+            f"{'' if has_code_of(run.folder, config) else ' and code'}."
         )
     with writing(folder):
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was killed before a checkpoint
@@ -130,12 +131,6 @@ def reopen(run: Run, config: DictConfig) -> None:
     folder, metadata = run.folder.path, run.folder.metadata
     run.tracking_id = run.tracking_id or metadata.get("tracking_id")
     run.store = metadata.get("store")
-    if not has_code_of(run.folder, config):
-        log.warning(
-            "%s: your own code has changed since this run began; its epochs until now are of the code before."
-            " Another folder, or trainer.rerun=true in a sweep, begins anew.",
-            folder,
-        )
     if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
         run.state = checkpoint.load_last(folder)
         checkpoint.warn_of_other_version(run.state, folder)
@@ -148,6 +143,10 @@ def reopen(run: Run, config: DictConfig) -> None:
     run.folder.repair_metrics(run.state)
     # a run that is lengthened has its new identity when its images are found to be the same
     facts = {} if run.state else {"identity": run_identity(config)}
+    known, code = metadata.get(CODE), code_digest(config)
+    if known is not None and known.rpartition("+")[2] != code:
+        log.warning("%s: your own code has changed; the epochs until now are of the code before.", folder)
+        facts[CODE] = f"{known}+{code}"  # which no other run has
     run.folder.record_job(**facts, **{FIRST_EPOCH: str(run.first_epoch)})
 
 
@@ -259,7 +258,13 @@ def newest_run_in_store(config: DictConfig, tags: Mapping[str, str] = MappingPro
 def has_code_of(folder: RunFolder, config: DictConfig) -> bool:
     """Whether a run was made with the code of one's own that there is now, as far as its folder says."""
     code = code_digest(config)
-    return folder.metadata.get(CODE, code) == code
+    if folder.metadata.get(CODE, code) == code:
+        return True
+    log.info(
+        "%s: a run of this configuration, but your own code was another. trainer.resume=%s goes on with it.",
+        *(folder.path, for_shell_word(str(folder.path))),
+    )
+    return False
 
 
 def folder_of_tracked_run(config: DictConfig, run_id: str) -> Path | None:

@@ -20,6 +20,7 @@ from okddip.errors import ConfigError
 from okddip.files import remove_unused
 from okddip.run import resume
 from okddip.run.identity import dataset_digests, fingerprint, run_identity
+from okddip.run.own_code import code_digest
 from okddip.run.references import find_checkpoint
 from okddip.sweeps.same_run import finished_runs, one_process_at_a_time
 from okddip.sweeps.teacher_checkpoint import read_teacher
@@ -114,7 +115,8 @@ def finished_teacher(teacher: DictConfig) -> str | None:
 def teacher_folder(teacher: DictConfig) -> Path:
     """The folder to train a teacher in; always the same, so that it is found again without a store."""
     data = fingerprint(dataset_digests(teacher))
-    folder = Path("outputs", teacher.name, f"{run_identity(teacher)}-{data}").absolute()
+    words = (run_identity(teacher), data, code_digest(teacher))
+    folder = Path("outputs", teacher.name, "-".join(filter(None, words))).absolute()
     interrupted = resume.newest_run(teacher, folder) is not None
     log.info("teacher    %s, %s first", teacher.name, "resumed" if interrupted else "trained")
     folder.mkdir(parents=True, exist_ok=True)

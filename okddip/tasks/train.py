@@ -23,7 +23,7 @@ from okddip.run import resume
 from okddip.run.cost import cost_tags
 from okddip.run.folder import Run, RunFolder
 from okddip.run.identity import fingerprint, identifying_settings, run_identity
-from okddip.run.own_code import CODE, code_digest
+from okddip.run.own_code import CODE
 from okddip.run.parts import Parts
 from okddip.run.same_run import check_same_data
 from okddip.run.summary import log_run_summary, peers_tags, run_note, run_params, tracked_splits
@@ -149,7 +149,7 @@ def start_tracking(
             **cost_tags(parts.group, parts.method, (parts.dataset.channels, *parts.dataset.image_size)),
             "device": str(parts.trainer.device),
             "identity": run_identity(config),
-            **({CODE: code} if (code := code_digest(config)) else {}),
+            **({CODE: code} if (code := run.folder.metadata.get(CODE)) else {}),
             "folder": str(run.folder.path),
             FIRST_EPOCH: str(run.first_epoch),
             **({} if run.tracking_id else run_note(config, parts)),  # which people may edit

@@ -94,9 +94,13 @@ def test_a_reference_is_a_path_as_it_was_typed(okddip: Okddip, tmp_path: Path, v
     assert "Traceback" not in answer.err
 
 
-def test_a_run_that_still_runs_is_not_taken_up(okddip: Okddip, tmp_path: Path) -> None:
+def test_a_run_that_still_runs_is_not_taken_up(
+    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from okddip.run import folder
     from okddip.run.folder import RunFolder
 
+    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.1)
     assert okddip(*SMALL, "tracking=none", "hydra.run.dir=run").code == 0
     with RunFolder(tmp_path / "run").lock():
         answer = okddip(*SMALL, "tracking=none", "hydra.run.dir=run", "trainer.resume=auto")

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import mlflow
@@ -138,6 +139,8 @@ def test_a_run_of_edited_code_of_ones_own_is_another_run(
     assert sweep("first")[0] == [(0, "finished")]
     assert sweep("same")[0] == [(0, "finished before")]
     code.write_text(code.read_text().replace("pass", "edited = True"))
+    assert sweep("loaded")[0] == [(0, "finished before")]  # this process still has the code before
+    sys.modules.pop("own_method")
     kinds, said = sweep("edited")
     assert kinds == [(0, "finished")]
     assert "has the same settings, but your own code was another." in said
@@ -145,7 +148,11 @@ def test_a_run_of_edited_code_of_ones_own_is_another_run(
 
     # what is resumed goes on, and says so
     code.write_text(code.read_text().replace("edited", "edited_again"))
+    sys.modules.pop("own_method")
     [folder] = (tmp_path / "edited").glob("0-*")
     answer = okddip(*common, "seed=0", f"trainer.resume={folder}", "trainer.epochs=2")
     assert answer.code == 0, answer.err
-    assert "your own code has changed since this run began" in answer.out + answer.err
+    assert "your own code has changed; the epochs until now are of the code before" in answer.out + answer.err
+    answer = okddip("-m", *common, "seed=0", "trainer.epochs=2", "hydra.sweep.dir=longer")
+    assert outcomes(tmp_path / "longer") == [(0, "finished")]  # and no run of the code that there is now
+    sys.modules.pop("own_method")

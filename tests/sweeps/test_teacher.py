@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -38,8 +39,9 @@ def test_a_teacher_is_trained_once_as_a_run_of_its_own(okddip: Okddip, tmp_path:
     assert outcomes(tmp_path / "baselines") == [(0, "finished before"), (1, "finished")]
     sweeps = runs(tmp_path, "parents")
     for sweep in (sweeps[-1].info.run_id, None):  # and no teacher that a mean has to leave out
-        marked = rows(sweep, uri=f"sqlite:///{tmp_path}/mlflow.db")
-        assert not marked["teacher"].any()
+        for where in ("params.method = 'baseline'", None):
+            marked = rows(sweep, where, uri=f"sqlite:///{tmp_path}/mlflow.db")
+            assert not marked["teacher"].any()
 
     # another seed has another teacher
     assert okddip(*common, "method=kd", "seed=1").code == 0
@@ -69,6 +71,25 @@ def test_a_student_has_several_teachers(okddip: Okddip, tmp_path: Path) -> None:
     assert "teacher1 " in answer.out
     answer = okddip("task=evaluate", "checkpoint=named", "tracking=none")
     assert answer.code == 0, answer.err
+
+
+@pytest.mark.slow
+def test_a_teacher_of_edited_code_is_trained_anew(
+    okddip: Okddip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = tmp_path / "own_optimizer.py"
+    code.write_text("from torch.optim import SGD\n\n\nclass Own(SGD):\n    pass\n")
+    student = (*SMALL, "method=kd", "method.teacher=auto", "method.teacher_model=resnet14")
+    student += ("optimizer._target_=own_optimizer.Own",)
+    for _ in range(2):
+        answer = okddip(*student)
+        sys.modules.pop("own_optimizer")
+        assert answer.code == 0, answer.err
+        assert "trained first" in answer.out
+        code.write_text(code.read_text() + "# edited\n")
+    teachers = [run for run in runs(tmp_path, "others") if run.data.tags["method"] == "baseline"]
+    assert len({run.data.tags["code"] for run in teachers}) == len(teachers) == 2
 
 
 def test_a_teacher_that_cannot_be_is_refused(okddip: Okddip) -> None:

@@ -133,7 +133,7 @@ def test_a_stop_that_python_drops_leaves_none_either(tmp_path: Path, monkeypatch
     monkeypatch.setattr(utils, "_initialize_tables", initialize)
     with pytest.raises(SystemExit, match="143"):
         open_new_store(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db.lock"]
+    assert {file.name for file in tmp_path.iterdir()} <= {"mlflow.db.lock"}  # which filelock may keep
 
 
 @pytest.mark.slow

@@ -159,8 +159,8 @@ def footer(comparison: Comparison) -> list[str]:
         )
     if any(group.settings.get(LIMIT, "null") != "null" for group in comparison.groups):
         lines.append(
-            f"{LIMIT}: the accuracies are of the first test images alone, which in a folder of images are"
-            " those of its first classes."
+            f"Where {LIMIT} is set, accuracies are of the first test images at most, which in a folder of"
+            " images are those of its first classes."
         )
     lines += costs_explained(comparison)
     differences = [group.differences["last"] for group in comparison.groups if group.differences]

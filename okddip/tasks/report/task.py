@@ -10,7 +10,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from okddip.errors import ConfigError
-from okddip.sweeps.environment import objective
 from okddip.tasks.report import figures, reproduce, runs, tables
 from okddip.tasks.report.compare import SCORES, Comparison, compare
 from okddip.text import for_markdown, for_terminal
@@ -95,13 +94,13 @@ def make(
 def log_best_setting(client: "MlflowClient", run_id: str, comparisons: Sequence[Comparison]) -> None:
     """Log as a tag which setting of a sweep is best after the last epoch, and its mean accuracies as metrics.
 
-    It is best by `objective`. The metrics are named as those of its runs, so that one column of MLflow's
-    table has both.
+    It is best on images held out of training where all runs have them, else on the test images. The metrics
+    are named as those of its runs, so that one column of MLflow's table has both.
     """
     groups = [(group, comparison) for comparison in comparisons for group in comparison.groups]
-    best, comparison = max(
-        groups, key=lambda each: fmean(objective(run.data.metrics) for run in each[0].runs)
-    )
+    held_out = all("val/top1" in run.data.metrics for group, _ in groups for run in group.runs)
+    judge = "val/top1" if held_out else "final/top1"
+    best, comparison = max(groups, key=lambda each: fmean(run.data.metrics[judge] for run in each[0].runs))
     words = [comparison.label(best)]
     if len({group.settings["model"] for group, _ in groups}) > 1:
         words.append(best.settings["model"])

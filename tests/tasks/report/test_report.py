@@ -246,7 +246,7 @@ def test_runs_of_cut_epochs_say_so_and_their_published_figures_are_marked(tmp_pa
     limited = made_runs("method=okddip", "method.peers=4", "trainer.limit_batches=2", last=[10.0])
     tables.write_tables(compare(limited), "", tmp_path)
     text = (tmp_path / "table.txt").read_text()
-    assert "trainer.limit_batches: the accuracies are of the first test images alone" in text
+    assert "Where trainer.limit_batches is set, accuracies are of the first test images at most" in text
     assert "whole epochs, all test images" in text
 
 
