@@ -138,26 +138,25 @@ def test_a_stop_that_python_drops_leaves_none_either(tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 def test_a_run_stopped_at_any_moment_of_a_new_store_goes_on(tmp_path: Path) -> None:
-    moments, cut_off = random.Random(0), 0
+    moments = random.Random(0)
+    train = (*TRAIN, "trainer.epochs=150")  # goes on longer than the latest of these moments
     for number in range(6):
         folder = tmp_path / str(number)
         folder.mkdir()
-        stopped = Program(folder, *TRAIN)
+        stopped = Program(folder, *train)
         kind = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[number % 3]
         wait_for_the_file_of_a_store(folder, lambda stopped=stopped: stopped.poll() is None)
-        time.sleep(moments.uniform(0.1, 1.6))
+        time.sleep(moments.uniform(0.1, 2.3))
         stopped.send_signal(kind)
         said, _ = stopped.communicate(timeout=300)
-        if stopped.returncode:  # else it had finished before
-            cut_off += 1
-            assert kind == signal.SIGKILL or "Resume with: okddip" in said
-        again = Program(folder, *TRAIN, "trainer.resume=auto")
+        if kind != signal.SIGKILL:
+            assert "Resume with: okddip" in said
+        again = Program(folder, *train, "trainer.resume=auto")
         output, _ = again.communicate(timeout=300)
         assert again.returncode == 0, f"{kind.name} {said} {output}"
         [run] = open_store(f"sqlite:///{folder}/mlflow.db").search_runs(["1"])
         assert run.info.status == "FINISHED"
         assert not list(folder.glob("mlflow.db[.-][!l]*"))
-    assert cut_off >= 2
 
 
 def test_a_new_store_knows_nothing_of_the_name_under_which_it_was_made(whole_store: Path) -> None:
