@@ -185,10 +185,11 @@ def runs(
         raise ConfigError(f"There is no training run in {searched}.")
     training.sort(key=lambda run: run.info.start_time)
     rows = stored.table(training)
-    everything, *_ = stored.search(client, address, name) if where else (found,)  # sweeps have no such params
+    everything = (
+        stored.search(client, address, name)[0] if sweep or where else found
+    )  # with parents of sweeps
     jobs = {run_id for run in everything for run_id in finished_before(run)}
-    teachers = [not sweep and is_teacher(run) and run.info.run_id not in jobs for run in training]
-    rows.insert(5, "teacher", teachers)
+    rows.insert(5, "teacher", [is_teacher(run) and run.info.run_id not in jobs for run in training])
     rows.insert(6, "repeated", rows.index.isin(stored.repeated_runs(training)))
     return rows
 

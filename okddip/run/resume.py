@@ -108,16 +108,17 @@ def begin(run: Run, config: DictConfig) -> None:
     Raises:
         ConfigError: there is a run in it already.
     """
-    folder = run.folder.path
+    folder, code = run.folder.path, code_digest(config)
     if (folder / "last.pt").exists():
+        of_then = "" if run.folder.metadata.get(CODE, code) == code else " and code"
         raise ConfigError(
             f"{folder}: there is a run in this folder already. Name another folder in hydra.run.dir (for a"
             " sweep in hydra.sweep.dir), or resume that run with trainer.resume=auto and its own settings"
-            f"{'' if has_code_of(run.folder, config) else ' and code'}."
+            f"{of_then}."
         )
     with writing(folder):
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was killed before a checkpoint
-    facts = {"identity": run_identity(config), CODE: code_digest(config)}
+    facts = {"identity": run_identity(config), CODE: code}
     run.folder.record_job(**facts, **{FIRST_EPOCH: str(run.first_epoch)})
 
 
